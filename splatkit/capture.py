@@ -1,0 +1,63 @@
+"""Capture: posed photos and sparse points, one result for every source; SceneHeader: how a scene must be drawn."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from numpy import ndarray as Array
+
+from .camera import Cameras
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One posed photo on disk. Pixels are read when they are needed (io.photos.load_image), never here."""
+
+    name: str                                   # unique in its capture, as the source file names it
+    path: Path
+    K: Float[Array, "3 3"]                      # pixels of width x height, no distortion
+    width: int
+    height: int
+    world_to_cam: Float[Array, "4 4"]           # OpenCV axes
+    mask: Path | None = None                    # 8-bit image of the photo's size; 0 = pixel is ignored
+    exposure_group: int = 0
+
+    def camera(self, dtype=torch.float32) -> Cameras:
+        """This photo's view, C = 1."""
+        return Cameras(torch.as_tensor(self.world_to_cam, dtype=dtype)[None], torch.as_tensor(self.K, dtype=dtype)[None], self.width, self.height)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Posed photos and the sparse points they share, in the world of the input poses (never re-centred or rescaled).
+
+    `photos` are sorted by name. `point_views[i]` are the indices into `photos` that observe point i (empty when unknown).
+    """
+
+    photos: tuple[Photo, ...]
+    points: Float[Array, "P 3"] = field(default_factory=lambda: np.zeros((0, 3), np.float32))
+    points_rgb: UInt8[Array, "P 3"] = field(default_factory=lambda: np.zeros((0, 3), np.uint8))
+    point_views: tuple[Int[Array, " _"], ...] = ()
+    world: str = "colmap"                       # whose coordinate frame: "colmap", "transforms.json", "rooms"
+
+    def split(self, every: int = 8) -> tuple[list[int], list[int]]:
+        """Indices of (training, held-out) photos: 0, every, 2 every, ... by name are held out; every = 0 holds out none."""
+        held = [i for i in range(len(self.photos)) if every and i % every == 0]
+        return [i for i in range(len(self.photos)) if i not in set(held)], held
+
+
+@dataclass(frozen=True)
+class SceneHeader:
+    """How a scene must be drawn; travels with it through every file format that has room for it.
+
+    `settings` are the names and values of RasterSettings that differ from the INRIA defaults (near, blur_px2, antialias, ...).
+    """
+
+    settings: dict[str, float | bool] = field(default_factory=dict)
+    up: tuple[float, float, float] | None = None    # unit vector in the scene's world
+    metric: bool = False                            # True when one unit is one metre
+    source: str = ""                                # what the scene was made from
+    step: int = 0                                   # optimiser steps behind it

@@ -1,0 +1,27 @@
+"""Every error that splatkit raises on purpose, beside ValueError and TypeError for wrong arguments."""
+
+
+class SplatkitError(Exception):
+    """Base of the errors that the command line reports in one line with exit code 2."""
+
+
+class BadFile(SplatkitError):
+    """An input file that cannot be used: which file, where in it, and why.
+
+    `where` is a byte offset, a line, an entry name or '' when the whole file is meant.
+    """
+
+    def __init__(self, path, where: str, why: str):
+        super().__init__(f"{path}: {where + ': ' if where else ''}{why}")
+        self.path, self.where, self.why = path, where, why
+
+    def __reduce__(self):
+        return type(self), (self.path, self.where, self.why)
+
+
+class BackendUnavailable(SplatkitError):
+    """A rasterizer backend was asked for that cannot run here; the text says which, why, and what can."""
+
+
+class BadConfig(SplatkitError):
+    """A configuration file or value that cannot be used: which key, what came, what is known."""

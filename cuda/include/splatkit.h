@@ -1,0 +1,85 @@
+// splatkit.h: the C ABI of every splatkit library (CPU per instruction set, CPU double, CUDA). splatkit/native.py parses this file.
+//
+// Grammar, so that a few lines of Python can read it: one prototype per line; types are int32_t, int64_t, double, real, pointers to
+// those, and `void* stream`; `real` is float, or double in the library built with -DSK_REAL=double. Only sk_last_error returns text.
+// Every entry that returns int32_t status returns SK_OK, SK_MORE (a capacity was too small: the needed count is written, nothing else
+// is touched) or SK_ERROR (sk_last_error() says why). Arrays are dense, row-major, owned by the caller; NULL where marked optional.
+// `stream` is the CUDA stream that every launch goes to; CPU libraries ignore it. Counts are int64_t.
+#ifndef SPLATKIT_H
+#define SPLATKIT_H
+#include <stdint.h>
+
+#ifndef SK_REAL
+#define SK_REAL float
+#endif
+typedef SK_REAL real;
+
+#if defined(_WIN32)
+#define SK_API __declspec(dllexport)
+#else
+#define SK_API __attribute__((visibility("default")))
+#endif
+
+enum { SK_OK = 0, SK_MORE = 1, SK_ERROR = 2 };
+
+// `settings` is an array of SK_SETTINGS doubles in this order (splatkit.raster.RasterSettings has their meaning and defaults).
+enum { SK_NEAR = 0, SK_BLUR_PX2 = 1, SK_ANTIALIAS = 2, SK_ALPHA_MIN = 3, SK_ALPHA_MAX = 4, SK_TRANSMITTANCE_MIN = 5, SK_FOV_MARGIN = 6, SK_SETTINGS = 7 };
+
+// One projected Gaussian is SK_SPLAT reals. log2 alpha(x, y) = LOGO + A dx^2 + B dx dy + C dy^2 with dx = x - X, dy = y - Y in pixels.
+// RX, RY are the half sides of the smallest axis-parallel box outside of which alpha < alpha_min.
+// A gradient record uses the same places; there RX, RY hold the sums over pixels of |d loss / d X|, |d loss / d Y|.
+enum { SK_X = 0, SK_Y = 1, SK_A = 2, SK_B = 3, SK_C = 4, SK_LOGO = 5, SK_R = 6, SK_G = 7, SK_BLUE = 8, SK_Z = 9, SK_RX = 10, SK_RY = 11, SK_SPLAT = 12 };
+
+// Pictures are cut into tiles of SK_TILE x SK_TILE pixels, row by row; a pair is one (Gaussian, tile) incidence.
+enum { SK_TILE = 16 };
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Hash of this file in the library; the binding compares it with the file it parses.
+SK_API int64_t sk_abi(void);
+// Text of the calling thread's last SK_ERROR.
+SK_API const char* sk_last_error(void);
+// Best x86-64 level that this processor and system run: 2, 3 or 4; 0 on other processors.
+SK_API int32_t sk_cpu_level(void);
+// Number of threads of the CPU pool (1 to 256); the default is 1.
+SK_API int32_t sk_set_threads(int32_t threads);
+// GFLOP/s of independent fused multiply-adds in registers on `threads` threads, measured for about `seconds`.
+SK_API double sk_fma_peak(int32_t threads, double seconds);
+
+// Projects n Gaussians into C cameras. sh_degree = -1: no colour (sh may be NULL). sh_bands is K, the coefficients stored per row.
+// Out: splats [C,n,SK_SPLAT] (rows with radii > 0 only), order [C,n] (visible rows, front to back, ties by row), radii [C,n] (0 = not drawn), counts [C,3] (visible, pairs, rows that hold a NaN or an infinity and were left out).
+SK_API int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, real* splats, int32_t* order, real* radii, int64_t* counts, void* stream);
+
+// The vector-Jacobian product of sk_project. v_splats is overwritten nowhere; v_sh, v_world_to_cam, v_K optional. All v_ outputs are overwritten whole.
+SK_API int32_t sk_project_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, const real* radii, const real* v_splats, real* v_means, real* v_quats, real* v_log_scales, real* v_logit_opacities, real* v_sh, real* v_world_to_cam, real* v_K, void* stream);
+
+// Bins and blends. needed[0] gets the pair count; with capacity < needed the status is SK_MORE. channels = width of features [n,channels], 0 for none.
+// Out, optional: color [C,H,W,3] over background [C,3] (NULL: black), expected_depth, median_depth [C,H,W], features_out [C,H,W,channels]. Always: alpha [C,H,W], pairs [capacity] (places in order), tile_offsets [C*tiles+1].
+SK_API int32_t sk_blend(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int32_t* order, const int64_t* counts, const real* features, const real* background, int64_t capacity, int64_t* needed, int32_t* pairs, int64_t* tile_offsets, real* color, real* alpha, real* expected_depth, real* median_depth, real* features_out, void* stream);
+
+// The vector-Jacobian product of sk_blend. v_color, v_alpha, v_expected_depth, v_features_out are optional inputs (absent = 0).
+// Out: v_splats [C,n,SK_SPLAT] (every row), v_features [n,channels] and v_background [C,3] (optional); weight_sums [C,n] (optional): sum over pixels of the blending weight.
+SK_API int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const real* radii, const int64_t* counts, const real* features, const real* background, const int32_t* pairs, const int64_t* tile_offsets, const real* color, const real* alpha, const real* expected_depth, const real* features_out, const real* v_color, const real* v_alpha, const real* v_expected_depth, const real* v_features_out, real* v_splats, real* v_features, real* v_background, real* weight_sums, void* stream);
+
+// Row sums of the blending weights times a map: sums [n,channels] += sum over pixels of w * map [H,W,channels], weights [n] += sum of w, over one camera.
+SK_API int32_t sk_uplift(int64_t n, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int32_t* pairs, const int64_t* tile_offsets, const real* map, real* sums, real* weights, void* stream);
+
+// Photometric loss of one picture [H,W,3]: terms[0] = mean |image - target|, terms[1] = mean SSIM (11x11 Gaussian window, sigma 1.5, zero padding), both over pixels with mask != 0 (mask [H,W] optional).
+// v_image [H,W,3] (optional) gets the gradient of (1 - ssim_weight) L1 + ssim_weight (1 - SSIM).
+SK_API int32_t sk_l1_ssim(int32_t width, int32_t height, const real* image, const real* target, const real* mask, double ssim_weight, double* terms, real* v_image, void* stream);
+
+// Adam (Kingma & Ba 2015) in place on param [n,columns] with a learning rate per column; visible [n] optional: rows that are 0 are left untouched.
+SK_API int32_t sk_adam(int64_t n, int32_t columns, real* param, const real* grad, real* m, real* v, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const int32_t* visible, void* stream);
+
+// 3DGS-MCMC position noise in place (Kheradmand et al. 2024, eq. 9): means += Sigma (noise * gate(opacity) * scale), noise [n,3] standard normal.
+SK_API int32_t sk_mcmc_noise(int64_t n, real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* noise, double scale, void* stream);
+
+// Opacity and scale of Gaussians that are replaced by `copies` equal ones at the same place (3DGS-MCMC eq. 9 of the supplement), in place on m rows.
+SK_API int32_t sk_relocate(int64_t m, real* logit_opacities, real* log_scales, const int32_t* copies, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

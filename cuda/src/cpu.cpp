@@ -1,0 +1,487 @@
+// The C ABI of the CPU library: memory, tasks and threads around the loops of cpu_core. No exception leaves it.
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "cpu_core.h"
+#include "cpu_threads.h"
+#include "cpu_train.h"
+
+using namespace sk;
+
+namespace {
+
+thread_local char error_text[512] = "";
+
+template <class F> int32_t guarded(const char* entry, F&& f) {
+  try {
+    return f();
+  } catch (const std::exception& e) {
+    snprintf(error_text, sizeof error_text, "%s: %s", entry, e.what());
+    return SK_ERROR;
+  }
+}
+
+// Blocks that calls have finished with, kept for the next one: a fresh page costs up to 3 us, 20 MB of them more than the blending.
+struct Cache {
+  static constexpr size_t LIMIT = 256u << 20;
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  std::mutex mutex;
+  std::vector<Block> blocks;
+  size_t held = 0;
+
+  static Cache& get() {
+    static Cache* cache = new Cache;   // never freed: calls may run while the process ends
+    return *cache;
+  }
+  void* take(size_t& bytes) {
+    bytes = (bytes + 4095) / 4096 * 4096;
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      int best = -1;
+      for (int i = 0; i < (int)blocks.size(); i++)
+        if (blocks[i].bytes >= bytes && blocks[i].bytes <= 2 * bytes + 65536 && (best < 0 || blocks[i].bytes < blocks[best].bytes)) best = i;
+      if (best >= 0) {
+        const Block b = blocks[best];
+        blocks.erase(blocks.begin() + best);
+        held -= b.bytes;
+        bytes = b.bytes;
+        return b.data;
+      }
+    }
+    bytes += bytes / 8 / 4096 * 4096;   // the next call may need a little more
+    void* p = aligned_alloc(4096, bytes);
+    if (!p) throw std::bad_alloc();
+    return p;
+  }
+  void give(void* data, size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex);
+    blocks.push_back({data, bytes});
+    held += bytes;
+    while (held > LIMIT || blocks.size() > 32) {   // oldest first
+      held -= blocks.front().bytes;
+      free(blocks.front().data);
+      blocks.erase(blocks.begin());
+    }
+  }
+};
+
+// Scratch of one call: uninitialised, aligned.
+template <class T> struct Buffer {
+  size_t bytes;
+  T* data;
+  explicit Buffer(int64_t count) : bytes((size_t)(count > 0 ? count : 1) * sizeof(T)), data((T*)Cache::get().take(bytes)) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { Cache::get().give(data, bytes); }
+  T& operator[](int64_t i) { return data[i]; }
+};
+
+// One T for each thread that takes part, made when it first asks.
+template <class T> struct PerWorker {
+  std::vector<std::unique_ptr<Buffer<T>>> items{(size_t)pool_threads()};
+  T& operator[](int worker) {
+    if (!items[worker]) items[worker].reset(new Buffer<T>(1));
+    return *items[worker]->data;
+  }
+};
+
+struct Spares {   // zeros [count] for each thread
+  std::vector<std::vector<real>> items{(size_t)pool_threads()};
+  int64_t count;
+  explicit Spares(int64_t count) : count(count) {}
+  real* operator[](int worker) {
+    if (items[worker].empty()) items[worker].assign(count > 0 ? count : 1, 0);
+    return items[worker].data();
+  }
+};
+
+BlendArgs blend_args(int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const real* features) {
+  BlendArgs a = {};
+  a.width = width;
+  a.height = height;
+  a.tiles_x = (width + SK_TILE - 1) / SK_TILE;
+  a.tiles_y = (height + SK_TILE - 1) / SK_TILE;
+  a.channels = channels;
+  a.cut = settings[SK_ALPHA_MIN] <= 0 ? (real)exponent_min(real()) : sk::log2((real)settings[SK_ALPHA_MIN]);
+  a.alpha_max = (real)settings[SK_ALPHA_MAX];
+  a.transmittance_min = (real)settings[SK_TRANSMITTANCE_MIN];
+  a.splats = splats;
+  a.features = features;
+  return a;
+}
+
+template <class T> T* offset(T* p, int64_t n) { return p ? p + n : nullptr; }
+
+// Puts the visible rows, front to back, into the lists of the tiles that they reach: a counting sort by tile in slices, stable.
+void bin(const BlendArgs& a, const int32_t* order, int64_t visible, int64_t base, int32_t* pairs, int64_t* tile_offsets) {
+  const int64_t tiles = (int64_t)a.tiles_x * a.tiles_y;
+  const int64_t slices = visible < 8192 ? 1 : visible / 4096 < 16 ? visible / 4096 : 16;
+  Buffer<int32_t> next(slices * tiles);
+  Buffer<TileSpan> spans(visible);
+  parallel(slices, [&](int64_t s, int) {
+    int32_t* count = next.data + s * tiles;
+    memset(count, 0, sizeof(int32_t) * tiles);
+    for (int64_t i = visible * s / slices; i < visible * (s + 1) / slices; i++) {
+      if (i + 16 < visible) __builtin_prefetch(a.splats + (int64_t)order[i + 16] * SK_SPLAT);
+      const TileSpan t = spans[i] = tile_span(a.splats + (int64_t)order[i] * SK_SPLAT, a.width, a.height);
+      for (int y = t.y0; y < t.y1; y++)
+        for (int x = t.x0; x < t.x1; x++) count[y * a.tiles_x + x]++;
+    }
+  });
+  int64_t at = 0;
+  for (int64_t t = 0; t < tiles; t++) {
+    tile_offsets[t] = base + at;
+    for (int64_t s = 0; s < slices; s++) {
+      const int32_t c = next[s * tiles + t];
+      next[s * tiles + t] = (int32_t)at;
+      at += c;
+    }
+  }
+  tile_offsets[tiles] = base + at;
+  parallel(slices, [&](int64_t s, int) {
+    int32_t* to = next.data + s * tiles;
+    for (int64_t i = visible * s / slices; i < visible * (s + 1) / slices; i++) {
+      const TileSpan t = spans[i];
+      for (int y = t.y0; y < t.y1; y++)
+        for (int x = t.x0; x < t.x1; x++) pairs[base + to[y * a.tiles_x + x]++] = order[i];
+    }
+  });
+}
+
+// Runs `tile(t, worker, list)` and then `sum(first, last, t, list)` over all tiles in bands whose weight lists fit in memory. Sums go by slice of
+// channels, and within one in tile order, so they do not depend on the threads.
+template <class Tile, class Sum> void in_bands(const int64_t* tile_offsets, int64_t tiles, int channels, Tile&& tile, Sum&& sum) {
+  constexpr int64_t LIMIT = 48 << 20, ENTRY = BLOCK_PIXELS * sizeof(real) + sizeof(int32_t);
+  auto bytes = [&](int64_t t) { return (tile_offsets[t + 1] - tile_offsets[t]) * TILE_BLOCKS * ENTRY + 64; };
+  int64_t most = 0, band = 0;
+  std::vector<int64_t> starts{0};
+  for (int64_t t = 0; t < tiles; t++) {
+    if (band + bytes(t) > LIMIT && band > 0) starts.push_back(t), band = 0;
+    band += bytes(t);
+    most = band > most ? band : most;
+  }
+  starts.push_back(tiles);
+  Buffer<char> memory(most);
+  std::vector<WeightList> lists;
+  const int slice = channels >= 6 * W ? 3 * W : W;
+  for (size_t b = 0; b + 1 < starts.size(); b++) {
+    const int64_t first = starts[b], count = starts[b + 1] - first;
+    lists.assign(count, WeightList{});
+    char* p = memory.data;
+    for (int64_t i = 0; i < count; i++) {
+      WeightList& l = lists[i];
+      l.capacity = tile_offsets[first + i + 1] - tile_offsets[first + i];
+      l.weights = (real*)p;
+      l.rows = (int32_t*)(p + TILE_BLOCKS * l.capacity * BLOCK_PIXELS * sizeof(real));
+      p += (TILE_BLOCKS * l.capacity * ENTRY + 63) / 64 * 64;
+    }
+    parallel(count, [&](int64_t i, int worker) { tile(first + i, worker, lists[i]); });
+    parallel((channels + slice - 1) / slice, [&](int64_t s, int) {
+      const int c0 = (int)s * slice, c1 = c0 + slice < channels ? c0 + slice : channels;
+      for (int64_t i = 0; i < count; i++) sum(c0, c1, first + i, lists[i]);
+    });
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t sk_abi(void) { return SK_ABI; }
+const char* sk_last_error(void) { return error_text; }
+
+int32_t sk_cpu_level(void) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#define HAS(f) __builtin_cpu_supports(f)
+  if (!(HAS("avx2") && HAS("fma") && HAS("bmi") && HAS("bmi2"))) return 2;
+  return HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") && HAS("avx512vl") ? 4 : 3;
+#undef HAS
+#else
+  return 0;
+#endif
+}
+
+int32_t sk_set_threads(int32_t threads) {
+  set_pool_threads(threads);
+  return SK_OK;
+}
+
+double sk_fma_peak(int32_t threads, double seconds) {
+  constexpr int SUMS = W >= 16 ? 24 : 10;
+  std::vector<double> rate(threads < 1 ? 1 : threads, 0);
+  const int before = pool_threads();
+  set_pool_threads((int)rate.size());
+  parallel((int64_t)rate.size(), [&](int64_t t, int) {
+    typedef std::chrono::steady_clock clock;
+    Lanes s[SUMS];
+    for (int i = 0; i < SUMS; i++) s[i] = splat((real)i);
+    Lanes a = splat((real)0.999), b = splat((real)1e-3);
+    const auto start = clock::now();
+    int64_t rounds = 0;
+    double spent;
+    do {
+      for (int k = 0; k < 20000; k++) {
+#pragma GCC unroll 24
+        for (int i = 0; i < SUMS; i++) s[i] = s[i] * a + b;
+      }
+      rounds += 20000;
+      spent = std::chrono::duration<double>(clock::now() - start).count();
+    } while (spent < seconds);
+    volatile real keep = 0;
+    for (int i = 0; i < SUMS; i++) keep = keep + s[i][0];
+    rate[t] = (double)rounds * SUMS * W * 2 / spent * 1e-9;
+  });
+  set_pool_threads(before);
+  double sum = 0;
+  for (double r : rate) sum += r;
+  return sum;
+}
+
+int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, real* splats, int32_t* order, real* radii, int64_t* counts, void*) {
+  return guarded("sk_project", [&] {
+    constexpr int64_t GROUP = 8;   // chunks of one task
+    const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+    Buffer<uint32_t> keys(n), keys_b(n);
+    Buffer<int32_t> list(n), list_b(n);
+    std::vector<int64_t> visible(chunks), pairs(chunks), bad(chunks);
+    for (int c = 0; c < cameras; c++) {
+      ProjectArgs a = {n, sh_degree, sh_bands, means, quats, log_scales, logit_opacities, sh, make_view(world_to_cam + 16 * c, K + 9 * c, width, height, settings), 0, n};
+      const int64_t row_first = rows ? rows[2 * c] : 0, row_last = rows ? rows[2 * c + 1] : n;
+      real *splats_c = splats + c * n * SK_SPLAT, *radii_c = radii + c * n;
+      parallel((chunks + GROUP - 1) / GROUP, [&](int64_t task, int) {
+        for (int64_t k = task * GROUP; k < chunks && k < (task + 1) * GROUP; k++) {
+          int64_t first = k * CHUNK, last = first + CHUNK < n ? first + CHUNK : n;
+          if (first < row_first || last > row_last) memset(radii_c + first, 0, sizeof(real) * (last - first));
+          first = first < row_first ? row_first : first;
+          last = last > row_last ? row_last : last;
+          pairs[k] = bad[k] = 0;
+          visible[k] = first < last ? project_chunk(a, first, last, splats_c, radii_c, keys.data + k * CHUNK, list.data + k * CHUNK, &pairs[k], &bad[k]) : 0;
+        }
+      });
+      int64_t count = 0, pair_count = 0, bad_count = 0;
+      for (int64_t k = 0; k < chunks; k++) {   // close the gaps
+        memmove(keys.data + count, keys.data + k * CHUNK, sizeof(uint32_t) * visible[k]);
+        memmove(list.data + count, list.data + k * CHUNK, sizeof(int32_t) * visible[k]);
+        count += visible[k];
+        pair_count += pairs[k];
+        bad_count += bad[k];
+      }
+      const int32_t* sorted = radix_sort(count, keys.data, list.data, keys_b.data, list_b.data);
+      memcpy(order + c * n, sorted, sizeof(int32_t) * count);
+      counts[3 * c] = count;
+      counts[3 * c + 1] = pair_count;
+      counts[3 * c + 2] = bad_count;
+    }
+    return SK_OK;
+  });
+}
+
+int32_t sk_project_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, const real* radii, const real* v_splats, real* v_means, real* v_quats, real* v_log_scales, real* v_logit_opacities, real* v_sh, real* v_world_to_cam, real* v_K, void*) {
+  return guarded("sk_project_vjp", [&] {
+    constexpr int64_t GROUP = 4;
+    const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+    std::vector<double> pose(v_world_to_cam || v_K ? chunks * 16 : 0);
+    const ProjectGrads out = {v_means, v_quats, v_log_scales, v_logit_opacities, v_sh};
+    for (int c = 0; c < cameras; c++) {
+      ProjectArgs a = {n, sh_degree, sh_bands, means, quats, log_scales, logit_opacities, sh, make_view(world_to_cam + 16 * c, K + 9 * c, width, height, settings), 0, n};
+      const int64_t row_first = c && rows ? rows[2 * c] : 0, row_last = c && rows ? rows[2 * c + 1] : n;
+      std::fill(pose.begin(), pose.end(), 0.0);
+      parallel((chunks + GROUP - 1) / GROUP, [&](int64_t task, int) {
+        for (int64_t k = task * GROUP; k < chunks && k < (task + 1) * GROUP; k++) {
+          int64_t first = k * CHUNK, last = first + CHUNK < n ? first + CHUNK : n;
+          first = first < row_first ? row_first : first;
+          last = last > row_last ? row_last : last;
+          double* p = pose.empty() ? nullptr : pose.data() + k * 16;
+          if (first < last) project_vjp_chunk(a, first, last, radii + c * n, v_splats + c * n * SK_SPLAT, out, c > 0, p, p ? p + 12 : nullptr);
+        }
+      });
+      double sum[16] = {};
+      for (size_t i = 0; i < pose.size(); i++) sum[i % 16] += pose[i];
+      if (v_world_to_cam) {
+        for (int i = 0; i < 16; i++) v_world_to_cam[16 * c + i] = i < 12 ? (real)sum[i] : 0;
+      }
+      if (v_K) {
+        real* k = v_K + 9 * c;
+        memset(k, 0, sizeof(real) * 9);
+        k[0] = (real)sum[12];
+        k[4] = (real)sum[13];
+        k[2] = (real)sum[14];
+        k[5] = (real)sum[15];
+      }
+    }
+    if (cameras == 0) {
+      memset(v_means, 0, sizeof(real) * n * 3);
+      memset(v_quats, 0, sizeof(real) * n * 4);
+      memset(v_log_scales, 0, sizeof(real) * n * 3);
+      memset(v_logit_opacities, 0, sizeof(real) * n);
+      if (v_sh) memset(v_sh, 0, sizeof(real) * n * sh_bands * 3);
+    }
+    return SK_OK;
+  });
+}
+
+int32_t sk_blend(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int32_t* order, const int64_t* counts, const real* features, const real* background, int64_t capacity, int64_t* needed, int32_t* pairs, int64_t* tile_offsets, real* color, real* alpha, real* expected_depth, real* median_depth, real* features_out, void*) {
+  return guarded("sk_blend", [&] {
+    int64_t total = 0;
+    for (int c = 0; c < cameras; c++) total += counts[3 * c + 1];
+    needed[0] = total;
+    if (total > capacity) return SK_MORE;
+    const int64_t pixels = (int64_t)width * height;
+    std::vector<BlendArgs> args;
+    int64_t base = 0;
+    for (int c = 0; c < cameras; c++) {
+      BlendArgs a = blend_args(width, height, channels, settings, splats + c * n * SK_SPLAT, features);
+      a.background = offset(background, 3 * c);
+      a.color = offset(color, 3 * pixels * c);
+      a.alpha = alpha + pixels * c;
+      a.expected_depth = offset(expected_depth, pixels * c);
+      a.median_depth = offset(median_depth, pixels * c);
+      a.features_out = offset(features_out, pixels * channels * c);
+      args.push_back(a);
+      bin(a, order + c * n, counts[3 * c], base, pairs, tile_offsets + (int64_t)a.tiles_x * a.tiles_y * c);
+      base += counts[3 * c + 1];
+    }
+    const int64_t tiles = args.empty() ? 0 : (int64_t)args[0].tiles_x * args[0].tiles_y;
+    PerWorker<TileScratch> scratch;
+    Spares spare(channels);
+    parallel(tiles * cameras, [&](int64_t t, int worker) {
+      TileScratch& s = scratch[worker];
+      s.spare = spare[worker];
+      blend_tile(args[t / tiles], (int)(t % tiles), pairs + tile_offsets[t], tile_offsets[t + 1] - tile_offsets[t], s);
+    });
+    return SK_OK;
+  });
+}
+
+int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const real* radii, const int64_t* counts, const real* features, const real* background, const int32_t* pairs, const int64_t* tile_offsets, const real* color, const real* alpha, const real* expected_depth, const real* features_out, const real* v_color, const real* v_alpha, const real* v_expected_depth, const real* v_features_out, real* v_splats, real* v_features, real* v_background, real* weight_sums, void*) {
+  return guarded("sk_blend_vjp", [&] {
+    const int64_t pixels = (int64_t)width * height;
+    if (v_features) memset(v_features, 0, sizeof(real) * n * channels);
+    PerWorker<VjpScratch> scratch;
+    Spares spare(channels), transposed((int64_t)channels * BLOCK_PIXELS);
+    for (int c = 0; c < cameras; c++) {
+      BlendVjpArgs a = {};
+      BlendArgs& f = a.forward = blend_args(width, height, channels, settings, splats + c * n * SK_SPLAT, features);
+      f.background = offset(background, 3 * c);
+      f.color = const_cast<real*>(offset(color, 3 * pixels * c));
+      f.alpha = const_cast<real*>(alpha + pixels * c);
+      f.expected_depth = const_cast<real*>(offset(expected_depth, pixels * c));
+      f.features_out = const_cast<real*>(offset(features_out, pixels * channels * c));
+      a.v_color = offset(v_color, 3 * pixels * c);
+      a.v_alpha = offset(v_alpha, pixels * c);
+      a.v_expected_depth = offset(v_expected_depth, pixels * c);
+      a.v_features_out = offset(v_features_out, pixels * channels * c);
+      a.stats = weight_sums != nullptr || v_features_out || v_expected_depth;
+      const int64_t tiles = (int64_t)f.tiles_x * f.tiles_y;
+      const int64_t* offsets = tile_offsets + tiles * c;
+      constexpr int64_t GROUP = 1024;   // rows of one task
+      const int64_t groups = (n + GROUP - 1) / GROUP;
+      Buffer<PairSlots> slots(n);
+      std::vector<int64_t> start(groups + 1, 0);
+      auto span_of = [&](int64_t row) { return radii[c * n + row] > 0 ? tile_span(f.splats + row * SK_SPLAT, width, height) : TileSpan{0, 0, 0, 0}; };
+      parallel(groups, [&](int64_t g, int) {
+        int64_t at = 0;
+        for (int64_t row = g * GROUP; row < n && row < (g + 1) * GROUP; row++) {
+          const TileSpan t = span_of(row);
+          const int32_t stride = t.x1 - t.x0, count = stride * (t.y1 - t.y0);
+          slots[row] = {at - (int64_t)t.y0 * stride - t.x0, stride, count};
+          at += count;
+        }
+        start[g + 1] = at;
+      });
+      for (int64_t g = 0; g < groups; g++) start[g + 1] += start[g];
+      parallel(groups, [&](int64_t g, int) {
+        for (int64_t row = g * GROUP; row < n && row < (g + 1) * GROUP; row++) slots[row].first += start[g];
+      });
+      Buffer<real> records(counts[3 * c + 1] * PAIR_RECORD);
+      a.slots = slots.data;
+      a.records = records.data;
+      std::vector<double> tile_background(v_background ? 3 * tiles : 0, 0.0);
+      auto tile = [&](int64_t t, int worker, WeightList* weights) {
+        VjpScratch& s = scratch[worker];
+        s.t.spare = spare[worker];
+        blend_tile_vjp(a, (int)t, pairs + offsets[t], offsets[t + 1] - offsets[t], s, weights, transposed[worker], v_background ? &tile_background[3 * t] : nullptr);
+      };
+      if (a.v_features_out && v_features)
+        in_bands(offsets, tiles, channels, [&](int64_t t, int worker, WeightList& l) { tile(t, worker, &l); },
+                 [&](int c0, int c1, int64_t t, const WeightList& l) { sum_weighted(f, (int)t, l, a.v_features_out, c0, c1, v_features); });
+      else
+        parallel(tiles, [&](int64_t t, int worker) { tile(t, worker, nullptr); });
+      parallel(groups, [&](int64_t g, int) {
+        int64_t at = start[g];
+        for (int64_t row = g * GROUP; row < n && row < (g + 1) * GROUP; row++) {
+          real *v = v_splats + (c * n + row) * SK_SPLAT, *w = weight_sums ? weight_sums + c * n + row : nullptr;
+          if (slots[row].count) {
+            reduce_pairs(f.splats + row * SK_SPLAT, records.data + at * PAIR_RECORD, slots[row].count, a.stats, v, w);
+            at += slots[row].count;
+          } else {
+            memset(v, 0, sizeof(real) * SK_SPLAT);
+            if (w) *w = 0;
+          }
+        }
+      });
+      if (v_background)
+        for (int k = 0; k < 3; k++) {
+          double sum = 0;
+          for (int64_t t = 0; t < tiles; t++) sum += tile_background[3 * t + k];
+          v_background[3 * c + k] = (real)sum;
+        }
+    }
+    return SK_OK;
+  });
+}
+
+int32_t sk_uplift(int64_t n, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int32_t* pairs, const int64_t* tile_offsets, const real* map, real* sums, real* weights, void*) {
+  (void)n;
+  return guarded("sk_uplift", [&] {
+    const BlendArgs a = blend_args(width, height, channels, settings, splats, nullptr);
+    const int64_t tiles = (int64_t)a.tiles_x * a.tiles_y;
+    PerWorker<TileScratch> scratch;
+    in_bands(tile_offsets, tiles, channels,
+             [&](int64_t t, int worker, WeightList& l) { tile_weights(a, (int)t, pairs + tile_offsets[t], tile_offsets[t + 1] - tile_offsets[t], scratch[worker], l); },
+             [&](int c0, int c1, int64_t t, const WeightList& l) {
+               sum_weighted(a, (int)t, l, map, c0, c1, sums);
+               if (c0 != 0) return;   // the weights belong to the first slice
+               for (int b = 0; b < TILE_BLOCKS; b++)
+                 for (int64_t i = 0; i < l.count[b]; i++) {
+                   const real* w = l.weights + (b * l.capacity + i) * BLOCK_PIXELS;
+                   real sum = 0;
+                   for (int p = 0; p < BLOCK_PIXELS; p++) sum += w[p];
+                   weights[l.rows[b * l.capacity + i]] += sum;
+                 }
+             });
+    return SK_OK;
+  });
+}
+
+int32_t sk_l1_ssim(int32_t width, int32_t height, const real* image, const real* target, const real* mask, double ssim_weight, double* terms, real* v_image, void*) {
+  return guarded("sk_l1_ssim", [&] { return l1_ssim(width, height, image, target, mask, ssim_weight, terms, v_image), SK_OK; });
+}
+
+int32_t sk_adam(int64_t n, int32_t columns, real* param, const real* grad, real* m, real* v, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const int32_t* visible, void*) {
+  return guarded("sk_adam", [&] {
+    double power1 = 1, power2 = 1;
+    for (int64_t i = 0; i < step && (power1 > 1e-30 || power2 > 1e-30); i++) power1 *= beta1, power2 *= beta2;
+    const AdamStep<real> s = {(real)beta1, (real)beta2, (real)epsilon, (real)(1 / (1 - power1)), (real)(1 / sk::sqrt(1 - power2))};
+    return adam_rows(n, columns, param, grad, m, v, learning_rates, s, visible), SK_OK;
+  });
+}
+
+int32_t sk_mcmc_noise(int64_t n, real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* noise, double scale, void*) {
+  return guarded("sk_mcmc_noise", [&] { return mcmc_noise_rows(n, means, quats, log_scales, logit_opacities, noise, (real)scale), SK_OK; });
+}
+
+int32_t sk_relocate(int64_t m, real* logit_opacities, real* log_scales, const int32_t* copies, void*) {
+  return guarded("sk_relocate", [&] { return relocate_rows(m, logit_opacities, log_scales, copies), SK_OK; });
+}
+
+}  // extern "C"

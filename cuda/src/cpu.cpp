@@ -5,10 +5,10 @@
 #include <cstring>
 #include <exception>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "cpu_core.h"
+#include "cpu_memory.h"
 #include "cpu_threads.h"
 #include "cpu_train.h"
 
@@ -26,63 +26,6 @@ template <class F> int32_t guarded(const char* entry, F&& f) {
     return SK_ERROR;
   }
 }
-
-// Blocks that calls have finished with, kept for the next one: a fresh page costs up to 3 us, 20 MB of them more than the blending.
-struct Cache {
-  static constexpr size_t LIMIT = 256u << 20;
-  struct Block {
-    void* data;
-    size_t bytes;
-  };
-  std::mutex mutex;
-  std::vector<Block> blocks;
-  size_t held = 0;
-
-  static Cache& get() {
-    static Cache* cache = new Cache;   // never freed: calls may run while the process ends
-    return *cache;
-  }
-  void* take(size_t& bytes) {
-    bytes = (bytes + 4095) / 4096 * 4096;
-    {
-      std::lock_guard<std::mutex> lock(mutex);
-      int best = -1;
-      for (int i = 0; i < (int)blocks.size(); i++)
-        if (blocks[i].bytes >= bytes && blocks[i].bytes <= 2 * bytes + 65536 && (best < 0 || blocks[i].bytes < blocks[best].bytes)) best = i;
-      if (best >= 0) {
-        const Block b = blocks[best];
-        blocks.erase(blocks.begin() + best);
-        held -= b.bytes;
-        bytes = b.bytes;
-        return b.data;
-      }
-    }
-    bytes += bytes / 8 / 4096 * 4096;   // the next call may need a little more
-    void* p = aligned_alloc(4096, bytes);
-    if (!p) throw std::bad_alloc();
-    return p;
-  }
-  void give(void* data, size_t bytes) {
-    std::lock_guard<std::mutex> lock(mutex);
-    blocks.push_back({data, bytes});
-    held += bytes;
-    while (held > LIMIT || blocks.size() > 32) {   // oldest first
-      held -= blocks.front().bytes;
-      free(blocks.front().data);
-      blocks.erase(blocks.begin());
-    }
-  }
-};
-
-// Scratch of one call: uninitialised, aligned.
-template <class T> struct Buffer {
-  size_t bytes;
-  T* data;
-  explicit Buffer(int64_t count) : bytes((size_t)(count > 0 ? count : 1) * sizeof(T)), data((T*)Cache::get().take(bytes)) {}
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { Cache::get().give(data, bytes); }
-  T& operator[](int64_t i) { return data[i]; }
-};
 
 // One T for each thread that takes part, made when it first asks.
 template <class T> struct PerWorker {
@@ -121,19 +64,22 @@ BlendArgs blend_args(int32_t width, int32_t height, int32_t channels, const doub
 template <class T> T* offset(T* p, int64_t n) { return p ? p + n : nullptr; }
 
 // Puts the visible rows, front to back, into the lists of the tiles that they reach: a counting sort by tile in slices, stable.
-void bin(const BlendArgs& a, const int32_t* order, int64_t visible, int64_t base, int32_t* pairs, int64_t* tile_offsets) {
+void bin(const BlendArgs& a, const int32_t* order, const int64_t* reached, int64_t visible, int64_t base, int32_t* pairs, int64_t* tile_offsets) {
   const int64_t tiles = (int64_t)a.tiles_x * a.tiles_y;
   const int64_t slices = visible < 8192 ? 1 : visible / 4096 < 16 ? visible / 4096 : 16;
   Buffer<int32_t> next(slices * tiles);
-  Buffer<TileSpan> spans(visible);
+  Buffer<int64_t> spans(visible);
+  auto for_tiles = [&](int64_t span, auto&& f) {
+    const TileSpan t = unpacked(span);
+    for (int32_t row = t.y0 * a.tiles_x; row < t.y1 * a.tiles_x; row += a.tiles_x)
+      for (int32_t x = t.x0; x < t.x1; x++) f(row + x);
+  };
   parallel(slices, [&](int64_t s, int) {
     int32_t* count = next.data + s * tiles;
     memset(count, 0, sizeof(int32_t) * tiles);
     for (int64_t i = visible * s / slices; i < visible * (s + 1) / slices; i++) {
-      if (i + 16 < visible) __builtin_prefetch(a.splats + (int64_t)order[i + 16] * SK_SPLAT);
-      const TileSpan t = spans[i] = tile_span(a.splats + (int64_t)order[i] * SK_SPLAT, a.width, a.height);
-      for (int y = t.y0; y < t.y1; y++)
-        for (int x = t.x0; x < t.x1; x++) count[y * a.tiles_x + x]++;
+      spans[i] = reached[order[i]];
+      for_tiles(spans[i], [&](int32_t t) { count[t]++; });
     }
   });
   int64_t at = 0;
@@ -148,11 +94,7 @@ void bin(const BlendArgs& a, const int32_t* order, int64_t visible, int64_t base
   tile_offsets[tiles] = base + at;
   parallel(slices, [&](int64_t s, int) {
     int32_t* to = next.data + s * tiles;
-    for (int64_t i = visible * s / slices; i < visible * (s + 1) / slices; i++) {
-      const TileSpan t = spans[i];
-      for (int y = t.y0; y < t.y1; y++)
-        for (int x = t.x0; x < t.x1; x++) pairs[base + to[y * a.tiles_x + x]++] = order[i];
-    }
+    for (int64_t i = visible * s / slices; i < visible * (s + 1) / slices; i++) for_tiles(spans[i], [&](int32_t t) { pairs[base + to[t]++] = order[i]; });
   });
 }
 
@@ -246,7 +188,7 @@ double sk_fma_peak(int32_t threads, double seconds) {
   return sum;
 }
 
-int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, real* splats, int32_t* order, real* radii, int64_t* counts, void*) {
+int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, real* splats, int32_t* order, real* radii, int64_t* tiles, int64_t* counts, void*) {
   return guarded("sk_project", [&] {
     constexpr int64_t GROUP = 8;   // chunks of one task
     const int64_t chunks = (n + CHUNK - 1) / CHUNK;
@@ -260,11 +202,11 @@ int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, in
       parallel((chunks + GROUP - 1) / GROUP, [&](int64_t task, int) {
         for (int64_t k = task * GROUP; k < chunks && k < (task + 1) * GROUP; k++) {
           int64_t first = k * CHUNK, last = first + CHUNK < n ? first + CHUNK : n;
-          if (first < row_first || last > row_last) memset(radii_c + first, 0, sizeof(real) * (last - first));
+          if (first < row_first || last > row_last) memset(radii_c + first, 0, sizeof(real) * (last - first)), memset(tiles + c * n + first, 0, sizeof(int64_t) * (last - first));
           first = first < row_first ? row_first : first;
           last = last > row_last ? row_last : last;
           pairs[k] = bad[k] = 0;
-          visible[k] = first < last ? project_chunk(a, first, last, splats_c, radii_c, keys.data + k * CHUNK, list.data + k * CHUNK, &pairs[k], &bad[k]) : 0;
+          visible[k] = first < last ? project_chunk(a, first, last, splats_c, radii_c, tiles + c * n, keys.data + k * CHUNK, list.data + k * CHUNK, &pairs[k], &bad[k]) : 0;
         }
       });
       int64_t count = 0, pair_count = 0, bad_count = 0;
@@ -329,7 +271,7 @@ int32_t sk_project_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height
   });
 }
 
-int32_t sk_blend(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int32_t* order, const int64_t* counts, const real* features, const real* background, int64_t capacity, int64_t* needed, int32_t* pairs, int64_t* tile_offsets, real* color, real* alpha, real* expected_depth, real* median_depth, real* features_out, void*) {
+int32_t sk_blend(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int32_t* order, const int64_t* tiles, const int64_t* counts, const real* features, const real* background, int64_t capacity, int64_t* needed, int32_t* pairs, int64_t* tile_offsets, real* color, real* alpha, real* expected_depth, real* median_depth, real* features_out, void*) {
   return guarded("sk_blend", [&] {
     int64_t total = 0;
     for (int c = 0; c < cameras; c++) total += counts[3 * c + 1];
@@ -347,22 +289,22 @@ int32_t sk_blend(int64_t n, int32_t cameras, int32_t width, int32_t height, int3
       a.median_depth = offset(median_depth, pixels * c);
       a.features_out = offset(features_out, pixels * channels * c);
       args.push_back(a);
-      bin(a, order + c * n, counts[3 * c], base, pairs, tile_offsets + (int64_t)a.tiles_x * a.tiles_y * c);
+      bin(a, order + c * n, tiles + c * n, counts[3 * c], base, pairs, tile_offsets + (int64_t)a.tiles_x * a.tiles_y * c);
       base += counts[3 * c + 1];
     }
-    const int64_t tiles = args.empty() ? 0 : (int64_t)args[0].tiles_x * args[0].tiles_y;
+    const int64_t tile_count = args.empty() ? 0 : (int64_t)args[0].tiles_x * args[0].tiles_y;
     PerWorker<TileScratch> scratch;
     Spares spare(channels);
-    parallel(tiles * cameras, [&](int64_t t, int worker) {
+    parallel(tile_count * cameras, [&](int64_t t, int worker) {
       TileScratch& s = scratch[worker];
       s.spare = spare[worker];
-      blend_tile(args[t / tiles], (int)(t % tiles), pairs + tile_offsets[t], tile_offsets[t + 1] - tile_offsets[t], s);
+      blend_tile(args[t / tile_count], (int)(t % tile_count), pairs + tile_offsets[t], tile_offsets[t + 1] - tile_offsets[t], s);
     });
     return SK_OK;
   });
 }
 
-int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const real* radii, const int64_t* counts, const real* features, const real* background, const int32_t* pairs, const int64_t* tile_offsets, const real* color, const real* alpha, const real* expected_depth, const real* features_out, const real* v_color, const real* v_alpha, const real* v_expected_depth, const real* v_features_out, real* v_splats, real* v_features, real* v_background, real* weight_sums, void*) {
+int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int64_t* tiles, const int64_t* counts, const real* features, const real* background, const int32_t* pairs, const int64_t* tile_offsets, const real* color, const real* alpha, const real* expected_depth, const real* features_out, const real* v_color, const real* v_alpha, const real* v_expected_depth, const real* v_features_out, real* v_splats, real* v_features, real* v_background, real* weight_sums, void*) {
   return guarded("sk_blend_vjp", [&] {
     const int64_t pixels = (int64_t)width * height;
     if (v_features) memset(v_features, 0, sizeof(real) * n * channels);
@@ -381,20 +323,18 @@ int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, 
       a.v_expected_depth = offset(v_expected_depth, pixels * c);
       a.v_features_out = offset(v_features_out, pixels * channels * c);
       a.stats = weight_sums != nullptr || v_features_out || v_expected_depth;
-      const int64_t tiles = (int64_t)f.tiles_x * f.tiles_y;
-      const int64_t* offsets = tile_offsets + tiles * c;
+      const int64_t tile_count = (int64_t)f.tiles_x * f.tiles_y;
+      const int64_t* offsets = tile_offsets + tile_count * c;
       constexpr int64_t GROUP = 1024;   // rows of one task
       const int64_t groups = (n + GROUP - 1) / GROUP;
       Buffer<PairSlots> slots(n);
       std::vector<int64_t> start(groups + 1, 0);
-      auto span_of = [&](int64_t row) { return radii[c * n + row] > 0 ? tile_span(f.splats + row * SK_SPLAT, width, height) : TileSpan{0, 0, 0, 0}; };
       parallel(groups, [&](int64_t g, int) {
         int64_t at = 0;
         for (int64_t row = g * GROUP; row < n && row < (g + 1) * GROUP; row++) {
-          const TileSpan t = span_of(row);
-          const int32_t stride = t.x1 - t.x0, count = stride * (t.y1 - t.y0);
-          slots[row] = {at - (int64_t)t.y0 * stride - t.x0, stride, count};
-          at += count;
+          const TileSpan t = unpacked(tiles[c * n + row]);
+          slots[row] = {at - (int64_t)t.y0 * (t.x1 - t.x0) - t.x0, t.x1 - t.x0, t.count()};
+          at += t.count();
         }
         start[g + 1] = at;
       });
@@ -405,17 +345,17 @@ int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, 
       Buffer<real> records(counts[3 * c + 1] * PAIR_RECORD);
       a.slots = slots.data;
       a.records = records.data;
-      std::vector<double> tile_background(v_background ? 3 * tiles : 0, 0.0);
+      std::vector<double> tile_background(v_background ? 3 * tile_count : 0, 0.0);
       auto tile = [&](int64_t t, int worker, WeightList* weights) {
         VjpScratch& s = scratch[worker];
         s.t.spare = spare[worker];
         blend_tile_vjp(a, (int)t, pairs + offsets[t], offsets[t + 1] - offsets[t], s, weights, transposed[worker], v_background ? &tile_background[3 * t] : nullptr);
       };
       if (a.v_features_out && v_features)
-        in_bands(offsets, tiles, channels, [&](int64_t t, int worker, WeightList& l) { tile(t, worker, &l); },
+        in_bands(offsets, tile_count, channels, [&](int64_t t, int worker, WeightList& l) { tile(t, worker, &l); },
                  [&](int c0, int c1, int64_t t, const WeightList& l) { sum_weighted(f, (int)t, l, a.v_features_out, c0, c1, v_features); });
       else
-        parallel(tiles, [&](int64_t t, int worker) { tile(t, worker, nullptr); });
+        parallel(tile_count, [&](int64_t t, int worker) { tile(t, worker, nullptr); });
       parallel(groups, [&](int64_t g, int) {
         int64_t at = start[g];
         for (int64_t row = g * GROUP; row < n && row < (g + 1) * GROUP; row++) {
@@ -432,7 +372,7 @@ int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, 
       if (v_background)
         for (int k = 0; k < 3; k++) {
           double sum = 0;
-          for (int64_t t = 0; t < tiles; t++) sum += tile_background[3 * t + k];
+          for (int64_t t = 0; t < tile_count; t++) sum += tile_background[3 * t + k];
           v_background[3 * c + k] = (real)sum;
         }
     }

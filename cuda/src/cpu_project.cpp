@@ -27,7 +27,7 @@ View<real> make_view(const real* m, const real* K, int width, int height, const 
   return v;
 }
 
-TileSpan tile_span(const real* s, int width, int height) {
+static TileSpan tile_span(const real* s, int width, int height) {
   // The spans are not empty (project() saw to that) and start at 0, so truncation rounds down.
   real first, last;
   TileSpan t;
@@ -87,7 +87,7 @@ SK_FN Lanes sh_dot(const real* sh, IntLanes offset, const Lanes* y, int bands, i
 
 }  // namespace
 
-int project_chunk(const ProjectArgs& a, int64_t first, int64_t last, real* splats, real* radii, uint32_t* keys, int32_t* rows, int64_t* pairs, int64_t* not_finite) {
+int project_chunk(const ProjectArgs& a, int64_t first, int64_t last, real* splats, real* radii, int64_t* tiles, uint32_t* keys, int32_t* rows, int64_t* pairs, int64_t* not_finite) {
   const int n = (int)(last - first);
   const float* key = a.view.key;
   // The rows in front of the near plane, by the float32 key that every build shares.
@@ -102,6 +102,7 @@ int project_chunk(const ProjectArgs& a, int64_t first, int64_t last, real* splat
     near_keys[count] = (uint32_t)to_bits(d);
     count += d >= a.view.near_key && d < 1e30f;
     radii[first + i] = 0;
+    tiles[first + i] = 0;
   }
   int drawn = 0;
   for (int at = 0; at < count; at += W) {
@@ -122,7 +123,8 @@ int project_chunk(const ProjectArgs& a, int64_t first, int64_t last, real* splat
       for (int j = 0; j < SK_SPLAT; j++) out[j] = flat[j][i];
       radii[first + row] = a.view.unbounded ? (real)__builtin_inf() : max(max(out[SK_RX], out[SK_RY]), (real)1e-6);
       const TileSpan t = tile_span(out, (int)a.view.width, (int)a.view.height);
-      *pairs += (int64_t)(t.x1 - t.x0) * (t.y1 - t.y0);
+      tiles[first + row] = packed(t);
+      *pairs += t.count();
       keys[drawn] = near_keys[at + i];
       rows[drawn] = (int32_t)(first + row);
       drawn_rows[drawn++] = row;

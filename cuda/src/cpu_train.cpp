@@ -1,9 +1,9 @@
 // What training needs beside the rasterizer: photometric loss, Adam, MCMC. Loops only; the formulas are in sk/.
 #include "cpu_train.h"
 
-#include <memory>
 #include <vector>
 
+#include "cpu_memory.h"
 #include "cpu_threads.h"
 #include "sk/adam.h"
 #include "sk/mcmc.h"
@@ -40,11 +40,12 @@ void l1_ssim(int width, int height, const real* image, const real* target, const
   else
     pixels = (double)width * height;
   const real seed = (real)(pixels > 0 ? 1 / (3 * pixels) : 0);
-  std::unique_ptr<real[]> maps(v_image ? new real[(size_t)3 * stride * height] : nullptr);   // dSSIM by mean, square, product
+  Buffer<real> maps(v_image ? (int64_t)3 * stride * height : 0);   // dSSIM by mean, square, product
   std::vector<double> partial((size_t)2 * bands, 0);
   parallel(bands, [&](int64_t band, int) {
     Rows v(4, stride);
     std::vector<real> kept(stride, 0);
+    for (int i = 0; i < length; i++) kept[i] = 1;
     double l1 = 0, total = 0;
     for (int y = (int)band * BAND; y < height && y < ((int)band + 1) * BAND; y++) {
       for (int i = 0; i < length; i += W) {   // down the columns
@@ -71,7 +72,7 @@ void l1_ssim(int width, int height, const real* image, const real* target, const
         store(v[2] + i, squares);
         store(v[3] + i, product);
       }
-      for (int i = 0; i < length; i++) kept[i] = !mask || mask[(int64_t)y * width + i / 3] != 0 ? (real)1 : (real)0;
+      for (int i = 0; mask && i < length; i++) kept[i] = mask[(int64_t)y * width + i / 3] != 0 ? (real)1 : (real)0;
       const real *a = image + (int64_t)y * length, *b = target + (int64_t)y * length;
       Lanes row_l1 = splat(0), row_ssim = splat(0);
       for (int i = 0; i < length; i += W) {
@@ -87,7 +88,7 @@ void l1_ssim(int width, int height, const real* image, const real* target, const
         row_l1 += keep * abs(d);
         row_ssim += keep * s.value;
         if (v_image) {
-          real* out = maps.get() + ((size_t)3 * y) * stride + i;
+          real* out = maps.data + ((size_t)3 * y) * stride + i;
           store(out, keep * s.by_mean);
           store(out + stride, keep * s.by_square);
           store(out + 2 * stride, keep * s.by_product);
@@ -109,7 +110,7 @@ void l1_ssim(int width, int height, const real* image, const real* target, const
         Lanes sum[3] = {splat(0), splat(0), splat(0)};
         for (int j = -SSIM_RADIUS; j <= SSIM_RADIUS; j++) {
           if (y + j < 0 || y + j >= height) continue;
-          const real* in = maps.get() + ((size_t)3 * (y + j)) * stride + i;
+          const real* in = maps.data + ((size_t)3 * (y + j)) * stride + i;
           for (int k = 0; k < 3; k++) sum[k] += window(j) * load(in + k * stride);
         }
         for (int k = 0; k < 3; k++) store(v[k] + i, sum[k]);
@@ -118,11 +119,12 @@ void l1_ssim(int width, int height, const real* image, const real* target, const
         for (int i = length; i < stride; i++) v[k][i] = 0;   // lanes behind the row's end
       const int64_t at = (int64_t)y * length;
       for (int i = 0; i < length; i += W) {
-        real tail[4][W] = {};
+        real tail[3][W];
         const int used = length - i < W ? length - i : W;
-        if (used < W || mask)
-          for (int k = 0; k < used; k++) tail[0][k] = image[at + i + k], tail[1][k] = target[at + i + k], tail[2][k] = !mask || mask[(at + i + k) / 3] != 0 ? (real)1 : (real)0;
         const bool plain = used == W && !mask;
+        if (!plain) __builtin_memset(tail, 0, sizeof tail);
+        if (!plain)
+          for (int k = 0; k < used; k++) tail[0][k] = image[at + i + k], tail[1][k] = target[at + i + k], tail[2][k] = !mask || mask[(at + i + k) / 3] != 0 ? (real)1 : (real)0;
         const Lanes a = plain ? load(image + at + i) : load(tail[0]), b = plain ? load(target + at + i) : load(tail[1]);
         const Lanes keep = plain ? splat(1) : load(tail[2]), d = a - b, zero = splat(0);
         const Lanes sign = where(less(zero, d), splat(1), where(less(d, zero), splat(-1), zero));

@@ -411,7 +411,7 @@ int32_t sk_adam(int64_t n, int32_t columns, real* param, const real* grad, real*
   return guarded("sk_adam", [&] {
     double power1 = 1, power2 = 1;
     for (int64_t i = 0; i < step && (power1 > 1e-30 || power2 > 1e-30); i++) power1 *= beta1, power2 *= beta2;
-    const AdamStep<real> s = {(real)beta1, (real)beta2, (real)epsilon, (real)(1 / (1 - power1)), (real)(1 / sk::sqrt(1 - power2))};
+    const AdamStep<real> s = {(real)beta1, (real)beta2, (real)(1 - beta1), (real)(1 - beta2), (real)epsilon, (real)(1 / (1 - power1)), (real)(1 / sk::sqrt(1 - power2))};
     return adam_rows(n, columns, param, grad, m, v, learning_rates, s, visible), SK_OK;
   });
 }

@@ -17,16 +17,23 @@ SK_FN void block_pixels(int r, real x0, real y0, Lanes& px, Lanes& py) {
 
 // Clears the sums; pixels outside the picture start stopped. Returns the blocks that hold a pixel of the picture.
 SK_FN uint32_t start_tile(const BlendArgs& a, int tile_x, int tile_y, TileScratch& s) {
+  for (int i = 0; i < 256; i += W) {
+    store(s.running + i, splat(1));
+    store(s.left + i, splat(1));
+    store(s.r + i, splat(0));
+    store(s.gr + i, splat(0));
+    store(s.b + i, splat(0));
+    store(s.depth + i, splat(0));
+    store(s.median + i, splat(0));
+  }
+  if (tile_x + SK_TILE <= a.width && tile_y + SK_TILE <= a.height) return 0xFFFF;
   uint32_t alive = 0;
-  for (int b = 0; b < TILE_BLOCKS; b++) {
-    const int x = tile_x + BLOCK * (b & 3), y = tile_y + BLOCK * (b >> 2);
-    if (x < a.width && y < a.height) alive |= 1u << b;
-    for (int p = 0; p < BLOCK_PIXELS; p++) {
-      const int i = b * BLOCK_PIXELS + p;
-      s.running[i] = x + (p & 3) < a.width && y + (p >> 2) < a.height ? (real)1 : (real)0;
-      s.left[i] = 1;
-      s.r[i] = s.gr[i] = s.b[i] = s.depth[i] = s.median[i] = 0;
-    }
+  for (int i = 0; i < 256; i++) {
+    const int b = i / BLOCK_PIXELS, p = i % BLOCK_PIXELS;
+    if (tile_x + BLOCK * (b & 3) + (p & 3) < a.width && tile_y + BLOCK * (b >> 2) + (p >> 2) < a.height)
+      alive |= 1u << b;
+    else
+      s.running[i] = 0;
   }
   return alive;
 }

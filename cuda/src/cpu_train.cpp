@@ -191,7 +191,7 @@ void relocate_rows(int64_t m, real* logits, real* log_scales, const int32_t* cop
   parallel((m + 255) / 256, [&](int64_t task, int) {
     for (int64_t i = task * 256; i < m && i < (task + 1) * 256; i++) {
       double opacity, factor;
-      relocation<double>(sigmoid((double)logits[i]), copies[i], opacity, factor);
+      relocation(sigmoid((double)logits[i]), copies[i], opacity, factor);
       const double kept = clamp(opacity, 0.005, 1 - 1.1920929e-7);
       logits[i] = (real)((log2(kept) - log2(1 - kept)) * LN2);
       for (int k = 0; k < 3; k++) log_scales[3 * i + k] += (real)(log2(factor) * LN2);

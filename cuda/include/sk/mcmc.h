@@ -16,23 +16,19 @@ template <class T> SK_FN Vec3<T> mcmc_noise(Quat<T> quat, Vec3<T> log_scale, T l
   return r * Vec3<T>{s.x * local.x, s.y * local.y, s.z * local.z};
 }
 
-// `copies` equal Gaussians at one place that blend like one of opacity `opacity`: each gets `new_opacity` = 1 - (1 - opacity)^(1/copies)
-// and scales times `factor` = opacity / sum_{i=1..copies} sum_{k=0..i-1} binomial(i-1, k) (-1)^k new_opacity^(k+1) / sqrt(k+1).
-template <class S> SK_FN void relocation(S opacity, int copies, S& new_opacity, S& factor) {
-  constexpr int MOST = 51;   // the alternating sum loses its digits beyond that
-  copies = copies < 1 ? 1 : copies > MOST ? MOST : copies;
-  double o = (double)opacity, each = 1 - exp2(log2(1 - (o < 0.9999999 ? o : 0.9999999)) / (double)copies), sum = 0;
-  for (int i = 1; i <= copies; i++) {
-    double binomial = 1, power = each, sign = 1;
-    for (int k = 0; k < i; k++) {
-      sum += sign * binomial * power / sqrt((double)(k + 1));
-      binomial = binomial * (i - 1 - k) / (k + 1);
-      power *= each;
-      sign = -sign;
-    }
+// `copies` equal Gaussians at one place that blend like one of opacity `opacity`: each gets `each` = 1 - (1 - opacity)^(1/copies), and
+// scales times `factor` = opacity / sum_{i=1..copies} sum_{k=0..i-1} binomial(i-1, k) (-1)^k each^(k+1) / sqrt(k+1). Terms of equal k add
+// up to binomial(copies, k+1), which leaves one sum. In double always: the terms alternate.
+SK_FN void relocation(double opacity, int copies, double& each, double& factor) {
+  const double c = copies < 1 ? 1 : copies, o = opacity < 0.9999999 ? opacity : 0.9999999;
+  each = 1 - exp2(log2(1 - o) / c);
+  double term = 1, sum = 0, sign = 1;
+  for (int j = 1; j <= copies && (j <= 1 || term > 1e-18); j++) {
+    term *= (c - j + 1) / j * each;   // binomial(copies, j) each^j
+    sum += sign * term / sqrt((double)j);
+    sign = -sign;
   }
-  new_opacity = (S)each;
-  factor = (S)(o / sum);
+  factor = o / sum;
 }
 
 }  // namespace sk

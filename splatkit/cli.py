@@ -1,0 +1,168 @@
+"""The command line: verbs, how errors are reported, and the progress line. The only page that parses arguments or prints.
+
+A verb imports what it needs when it runs: torch costs seconds, and `splatkit --help` should be instant.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from . import __version__, config
+from .errors import SplatkitError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `splatkit ARGV`. Exit codes: 0 done, 1 doctor found nothing to render with, 2 wrong input (one line on stderr), 130 Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    verb, *rest = argv or ["--help"]
+    if verb in ("-h", "--help", "--version"):
+        print(f"splatkit {__version__}" if verb == "--version" else _help())
+        return 0
+    try:
+        if verb not in VERBS:
+            raise ValueError(f"{verb!r} is not a verb; known: {', '.join(VERBS)}")
+        run = reconstruct_verb(rest) if verb == "reconstruct" else VERBS[verb]
+        return tyro.cli(run, prog=f"splatkit {verb}", args=rest)
+    except KeyboardInterrupt:
+        print("\nsplatkit: interrupted", file=sys.stderr)
+        return 130
+    except (SplatkitError, ValueError, TypeError, OSError) as error:
+        if os.environ.get("SPLATKIT_DEBUG") == "1":
+            raise
+        print(f"splatkit: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+
+
+def _help() -> str:
+    """All verbs, without the time it takes to describe their flags."""
+    lines = [f"  {name:<12} {verb.__doc__.partition(chr(10))[0]}" for name, verb in VERBS.items()]
+    return "\n".join(["usage: splatkit VERB [-h] ...", "", *lines, "", "splatkit VERB --help lists the flags of one."])
+
+
+def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
+    """Fit a scene to posed photos."""
+    # The verb's defaults are those of --preset and --config in argv, so that flags only say what differs from them.
+    unnamed = Path()
+    default = config.Reconstruct(data=unnamed)
+    layers = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    layers.add_argument("--preset", nargs="?")
+    layers.add_argument("--config", nargs="?")
+    chosen = layers.parse_known_args(argv)[0]
+    for path in filter(None, [chosen.preset and config.preset("reconstruct", chosen.preset), chosen.config]):
+        default = config.load_yaml(path, default)
+    if default.data == unnamed:     # no layer says where the photos are, so the command line must; typed as Path, hence not MISSING at once
+        object.__setattr__(default, "data", tyro.MISSING)
+
+    def reconstruct(
+        settings: Annotated[config.Reconstruct, tyro.conf.arg(name="")] = default,
+        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
+        config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.yaml")] = None,
+    ) -> int:
+        """Fit a scene to posed photos.
+
+        Args:
+            preset: Start from configs/reconstruct/NAME.yaml instead of the defaults (quick: a first look).
+            config: Lay the values of this file over the defaults or the preset; flags come last.
+        """
+        from .reconstruct import reconstruct
+
+        progress = Progress(settings.steps)
+        try:
+            result = reconstruct(settings, progress)
+        finally:
+            progress.close()
+        print(result)
+        return 0
+
+    return reconstruct
+
+
+def evaluate(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]) -> int:
+    """PSNR and SSIM of a run's scene on the photos that were held out.
+
+    Args:
+        run: Run folder of `splatkit reconstruct`.
+    """
+    from .reconstruct import evaluate
+
+    print(evaluate(run))
+    return 0
+
+
+def demo(output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")] = Path("runs/demo")) -> int:
+    """Photograph a procedural room, reconstruct it, say how well and where the picture is. Needs no download.
+
+    Args:
+        output: Folder for photos and scene.
+    """
+    from . import rooms
+    from .reconstruct import evaluate, reconstruct
+
+    rooms.write_capture(output / "photos")
+    settings = config.load_yaml(config.preset("reconstruct", "quick"), config.Reconstruct(data=output / "photos", output=output))
+    progress = Progress(settings.steps)
+    try:
+        reconstruct(settings, progress)
+    finally:
+        progress.close()
+    print(evaluate(output))
+    return 0
+
+
+def doctor() -> int:
+    """What runs on this machine, what does not, why, and what to do about it."""
+    from . import doctor
+
+    print("\n".join(doctor.report()))
+    return 0 if doctor.can_render() else 1
+
+
+VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "doctor": doctor, "demo": demo}
+
+
+class Progress:
+    """One line that says how far a loop is: redrawn in place on a terminal, else a fresh line about every 5 s.
+
+    Called as progress(step, gaussians, psnr=25.1, loss=0.03): steps count from 1, any further numbers are shown by name.
+    """
+
+    def __init__(self, steps: int, stream=None, clock=time.monotonic):
+        self.steps, self.stream, self.clock = steps, stream or sys.stderr, clock
+        self.redraws = self.stream.isatty()
+        self.seconds_between = 0.2 if self.redraws else 5.0
+        self.recent = deque([(clock(), 0)], maxlen=20)      # (time, step) of the last lines: the rate is theirs
+        self.drawn = False
+
+    def __call__(self, step: int, gaussians: int, **values: float) -> None:
+        now = self.clock()
+        if now - self.recent[-1][0] < self.seconds_between and step < self.steps:
+            return
+        self.recent.append((now, step))
+        rate = (step - self.recent[0][1]) / max(now - self.recent[0][0], 1e-9)
+        left = round((self.steps - step) / rate) if rate > 0 else 0
+        numbers = [f"{name} {value:.4g}" for name, value in values.items()]
+        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}" if left >= 3600 else f"{left // 60}:{left % 60:02}"
+        line = "  ".join([f"step {step}/{self.steps}", *numbers, f"{gaussians:,} Gaussians", f"{rate:.1f} it/s", f"{clock} left"])
+        if self.redraws:
+            line = "\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1]
+        print(line, end="" if self.redraws else "\n", file=self.stream, flush=True)
+        self.drawn = True
+
+    def close(self) -> None:
+        """Ends the line, so that what is printed next stands below it."""
+        if self.redraws and self.drawn:
+            print(file=self.stream, flush=True)
+        self.drawn = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""How close a picture is to another: PSNR, SSIM, and the photometric loss (L1 + SSIM) with its gradient."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from . import native
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5      # Wang et al. 2004, section III-B
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
+
+
+def psnr(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], mask: Shaped[Tensor, "H W"] | None = None) -> Float[Tensor, ""]:
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1], over pixels with mask != 0; infinite where they agree exactly.
+
+    Nothing is clamped and nothing is fitted: a caller that compares files clamps and rounds `image` first.
+    """
+    squared = (image - target).square()
+    return -10 * torch.log10(squared.mean() if mask is None else squared[mask != 0].mean())
+
+
+def ssim(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"]) -> Float[Tensor, ""]:
+    """Mean structural similarity over pixels and channels (Wang et al. 2004): 11x11 Gaussian window, zeros outside the picture."""
+    return ssim_map(image, target).mean()
+
+
+def ssim_map(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"]) -> Float[Tensor, "H W 3"]:
+    """Structural similarity of every pixel and channel, in plain torch: the definition that native code is tested against."""
+    offsets = torch.arange(SSIM_WINDOW, dtype=image.dtype, device=image.device) - SSIM_WINDOW // 2
+    window = torch.softmax(-offsets.square() / (2 * SSIM_SIGMA**2), dim=0)
+    moments = torch.stack([image, target, image * image, target * target, image * target]).permute(0, 3, 1, 2).flatten(0, 1)[:, None]
+    moments = F.conv2d(moments, window.view(1, 1, -1, 1), padding=(SSIM_WINDOW // 2, 0))
+    moments = F.conv2d(moments, window.view(1, 1, 1, -1), padding=(0, SSIM_WINDOW // 2))
+    mu_x, mu_y, xx, yy, xy = moments.view(5, 3, *image.shape[:2]).permute(0, 2, 3, 1)
+    var_x, var_y, cov = xx - mu_x * mu_x, yy - mu_y * mu_y, xy - mu_x * mu_y
+    return ((2 * mu_x * mu_y + SSIM_C1) * (2 * cov + SSIM_C2)) / ((mu_x**2 + mu_y**2 + SSIM_C1) * (var_x + var_y + SSIM_C2))
+
+
+def l1_ssim(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], ssim_weight: float = 0.2,
+            mask: Shaped[Tensor, "H W"] | None = None) -> Float[Tensor, ""]:
+    """Photometric loss (1 - w) L1 + w (1 - SSIM), differentiable in `image` (Kerbl et al. 2023, eq. 7, w = 0.2).
+
+    Both terms are means over channels and over pixels with mask != 0; a mask without such a pixel gives loss 0. Both pictures
+    count as zero outside the mask, as they do beyond their border, so that no masked pixel enters through an SSIM window.
+    Native code computes value and gradient in one pass on CPU tensors; elsewhere, or without the library, the torch formula does.
+
+    Raises ValueError when the pictures do not match.
+    """
+    _check(image, target, mask)
+    if native.library_for(image) is None:
+        return l1_ssim_reference(image, target, ssim_weight, mask)
+    with_gradient = torch.is_grad_enabled() and image.requires_grad
+    return torch.ops.splatkit.l1_ssim(image, target.detach(), None if mask is None else mask != 0, ssim_weight, with_gradient)[0]
+
+
+def l1_ssim_reference(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], ssim_weight: float = 0.2,
+                      mask: Shaped[Tensor, "H W"] | None = None) -> Float[Tensor, ""]:
+    """l1_ssim in plain torch, differentiable in both pictures: the definition."""
+    if mask is None:
+        return (1 - ssim_weight) * (image - target).abs().mean() + ssim_weight * (1 - ssim(image, target))
+    inside = (mask != 0)[..., None]
+    image, target = image.where(inside, 0), target.where(inside, 0)
+    per_pixel = (1 - ssim_weight) * (image - target).abs() + ssim_weight * (1 - ssim_map(image, target))
+    return per_pixel.where(inside, 0).sum() / (3 * inside.sum()).clamp(min=1)
+
+
+def _check(image: Tensor, target: Tensor, mask: Tensor | None) -> None:
+    if image.shape != target.shape or image.ndim != 3 or image.shape[2] != 3 or image.numel() == 0:
+        raise ValueError(f"image is {tuple(image.shape)} and target {tuple(target.shape)}; expected the same [H, W, 3] with H, W > 0")
+    if image.dtype != target.dtype or image.device != target.device:
+        raise ValueError(f"image is {image.dtype} on {image.device} and target {target.dtype} on {target.device}; make them alike")
+    if mask is not None and (mask.shape != image.shape[:2] or mask.device != image.device):
+        raise ValueError(f"mask is {tuple(mask.shape)} on {mask.device}; expected {tuple(image.shape[:2])} on {image.device}")
+
+
+# A torch operator rather than an autograd.Function, so that torch.compile sees one opaque node with known shapes.
+_ops = torch.library.Library("splatkit", "FRAGMENT")
+_ops.define("l1_ssim(Tensor image, Tensor target, Tensor? mask, float ssim_weight, bool with_gradient) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(_ops, "l1_ssim", "CPU")
+def _l1_ssim(image, target, mask, ssim_weight, with_gradient):
+    """(loss, its gradient in image, or an empty tensor when that is not wanted)."""
+    v_image = torch.empty(image.shape if with_gradient else 0, dtype=image.dtype)
+    if mask is not None:
+        if not bool(mask.any()):
+            return image.new_zeros(()), v_image.zero_()
+        image, target = image.where(mask[..., None], 0), target.where(mask[..., None], 0)
+    terms = torch.empty(2, dtype=torch.float64)
+    native.cpu_library(image.dtype).sk_l1_ssim(image.shape[1], image.shape[0], image.contiguous(), target.contiguous(),
+                                               None if mask is None else mask.to(image.dtype).contiguous(), ssim_weight, terms,
+                                               v_image if with_gradient else None, 0)
+    if mask is not None and with_gradient:
+        v_image *= mask[..., None]
+    return ((1 - ssim_weight) * terms[0] + ssim_weight * (1 - terms[1])).to(image.dtype), v_image
+
+
+@torch.library.register_fake("splatkit::l1_ssim")
+def _(image, target, mask, ssim_weight, with_gradient):
+    return image.new_empty(()), image.new_empty(image.shape if with_gradient else 0)
+
+
+def _save_gradient(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+
+
+def _scale_gradient(ctx, v_loss, _v_gradient):
+    return ctx.saved_tensors[0] * v_loss, None, None, None, None
+
+
+torch.library.register_autograd("splatkit::l1_ssim", _scale_gradient, setup_context=_save_gradient)

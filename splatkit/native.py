@@ -1,0 +1,248 @@
+"""Loads the native libraries and parses splatkit.h: the one room that knows ctypes.
+
+`cpu_library(torch.float32).sk_adam(n, columns, param, ...)` takes Python numbers, torch tensors where the header has pointers, and
+None for NULL, by place or by the header's names. The caller owns all memory; the GIL is released during a call.
+"""
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import BackendUnavailable
+
+HERE = Path(__file__).parent
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+ISAS = ("v4", "v3", "v2") if X86 else ("base",)     # best first
+NAMES = (*(f"cpu_{isa}" for isa in ISAS), "cpu_f64")
+
+_NUMBER = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "double": ctypes.c_double, "void": None}
+_LIMIT = {"int32_t": 2 ** 31, "int64_t": 2 ** 63}      # ctypes would wrap around silently
+_POINTEE = {"int32_t": torch.int32, "int64_t": torch.int64, "double": torch.float64}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of an entry, as splatkit.h spells it without const."""
+
+    name: str
+    type: str           # int32_t, int64_t, double, real, void
+    pointer: bool
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One prototype of splatkit.h."""
+
+    name: str
+    returns: str        # int32_t, int64_t, double, text
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def has_status(self) -> bool:
+        """Whether the result is SK_OK, SK_MORE or SK_ERROR. An entry without parameters returns a plain value."""
+        return self.returns == "int32_t" and bool(self.parameters)
+
+    @property
+    def computes(self) -> bool:
+        """Whether the entry runs on the thread pool: those that take a stream."""
+        return any(p.name == "stream" for p in self.parameters)
+
+
+def parse_header(text: str) -> tuple[dict[str, Entry], dict[str, int]]:
+    """The entries and the enum constants of splatkit.h; ValueError with the line number where a line leaves its grammar."""
+    entries, constants = {}, {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if enum := re.fullmatch(r"enum \{ (.*) \};", line.strip()):
+            constants |= {name: int(value) for name, value in (item.split(" = ") for item in enum[1].split(", "))}
+        if not line.startswith("SK_API "):
+            continue
+        prototype = re.fullmatch(r"SK_API (int32_t|int64_t|double|const char\*) (sk_\w+)\((.*)\);", line.strip())
+        words = prototype and [re.fullmatch(r"(?:const )?(int32_t|int64_t|double|real|void)(\*?) (\w+)", p)
+                               for p in prototype[3].split(", ") if p != "void"]
+        if not prototype or None in words:
+            raise ValueError(f"splatkit.h line {number} is no prototype of its grammar: {line[:120]}")
+        parameters = tuple(Parameter(name, type_, bool(star)) for type_, star, name in (w.groups() for w in words))
+        entries[prototype[2]] = Entry(prototype[2], "text" if "char" in prototype[1] else prototype[1], parameters)
+    return entries, constants
+
+
+def header_abi(header: bytes) -> int:
+    """What sk_abi() of a library built from `header` returns (setup.py computes the same)."""
+    return int.from_bytes(hashlib.sha256(header).digest()[:8], "big") >> 1
+
+
+_HEADER = (HERE / "include" / "splatkit.h").read_bytes()
+ABI = header_abi(_HEADER)
+ENTRIES, CONST = parse_header(_HEADER.decode())
+
+
+class Library:
+    """One loaded library. Every entry of splatkit.h is a method of the same name.
+
+    An entry with a status returns SK_OK or SK_MORE and raises RuntimeError with the library's text on SK_ERROR. Tensors must have the
+    pointer's dtype (`real` is the library's), be contiguous and on the CPU: TypeError or ValueError names entry and parameter.
+    """
+
+    def __init__(self, path: Path, real: torch.dtype):
+        self.path, self.real = path, real
+        self._dll = ctypes.CDLL(str(path))
+        self._threads = 1
+        abi = self._function(ENTRIES["sk_abi"])()
+        if abi != ABI:
+            raise BackendUnavailable(f"{path.name} was built from another splatkit.h ({abi}; the package has {ABI}); reinstall splatkit")
+        for entry in ENTRIES.values():
+            setattr(self, entry.name, self._method(entry))
+
+    def _function(self, entry: Entry):
+        function = getattr(self._dll, entry.name)
+        function.restype = ctypes.c_char_p if entry.returns == "text" else _NUMBER[entry.returns]
+        function.argtypes = [ctypes.c_void_p if p.pointer else _NUMBER.get(p.type, ctypes.c_double) for p in entry.parameters]
+        return function
+
+    def _method(self, entry: Entry):
+        function, names = self._function(entry), [p.name for p in entry.parameters]
+        # What each argument is checked against: a tensor's dtype, an integer's limit, or nothing (double and stream: ctypes checks).
+        pointees = {**_POINTEE, "real": self.real}
+        kinds = [pointees.get(p.type) if p.pointer else _LIMIT.get(p.type) for p in entry.parameters]
+        has_status, computes, error = entry.has_status, entry.computes, CONST["SK_ERROR"]
+
+        def call(*args, **named):
+            if named:
+                args = args + tuple(named.pop(name) for name in names[len(args):] if name in named)
+            if len(args) != len(names) or named:
+                raise TypeError(f"{entry.name}: got {len(args)} arguments, unknown {list(named)}; expected {', '.join(names)}")
+            values = []
+            for arg, kind in zip(args, kinds):
+                if kind.__class__ is int:
+                    if not (isinstance(arg, int) and -kind <= arg < kind):
+                        break
+                elif kind is not None and arg is not None:
+                    if not (isinstance(arg, Tensor) and arg.dtype is kind and arg.is_cpu and arg.is_contiguous()):
+                        break
+                    arg = arg.data_ptr()
+                values.append(arg)
+            if len(values) < len(names):
+                raise _refusal(f"{entry.name}: {names[len(values)]}", args[len(values)], kinds[len(values)])
+            if computes and torch.get_num_threads() != self._threads:
+                self._size_pool()
+            try:
+                result = function(*values)
+            except ctypes.ArgumentError as wrong:
+                raise TypeError(f"{entry.name}({', '.join(names)}): {wrong}") from None
+            if has_status and result == error:
+                raise RuntimeError(f"{entry.name}: {self.sk_last_error()}")
+            return result.decode(errors="replace") if entry.returns == "text" else result
+
+        call.__name__ = entry.name
+        return call
+
+    def _size_pool(self) -> None:
+        threads = torch.get_num_threads()
+        self.sk_set_threads(min(threads, 256))
+        self._threads = threads
+
+
+def cpu_library(dtype: torch.dtype, isa: str | None = None) -> Library:
+    """The CPU library whose `real` is `dtype`; for float32 the one of instruction set `isa`, by default cpu_isa().
+
+    Raises BackendUnavailable that says why there is none and what to do.
+    """
+    if dtype is torch.float64:
+        return _load("cpu_f64")
+    if dtype is not torch.float32:
+        raise TypeError(f"native libraries exist for float32 and float64, not for {dtype}; convert with scene.to(dtype=torch.float32)")
+    isa = isa or cpu_isa()
+    if isa not in ISAS:
+        raise ValueError(f"instruction set {isa!r} (argument or SPLATKIT_ISA); expected one of {', '.join(ISAS)}")
+    return _load(f"cpu_{isa}")
+
+
+@torch.compiler.assume_constant_result      # the answer does not change within a process, and tracing must not look into files
+def library_for(x: Tensor) -> Library | None:
+    """The library that works on tensors like x, or None where torch has to do: no library, or not a CPU tensor."""
+    try:
+        return cpu_library(x.dtype) if x.device.type == "cpu" else None
+    except BackendUnavailable:
+        return None
+
+
+def cpu_isa() -> str:
+    """The instruction set of the float32 library in use: v2, v3, v4 (x86-64 levels) or base. SPLATKIT_ISA forces one, else the best."""
+    return os.environ.get("SPLATKIT_ISA") or _best_isa()
+
+
+def available() -> dict[str, str | None]:
+    """Every native library of this platform by name, with None where it runs here, else the reason why not."""
+    return {name: _reason(name) for name in NAMES}
+
+
+def cpu_level() -> int | None:
+    """The x86-64 level that this processor runs (2, 3, 4; 0 elsewhere), None when there is no library to ask."""
+    try:
+        return _open(f"cpu_{ISAS[-1]}").sk_cpu_level()
+    except BackendUnavailable:
+        return None
+
+
+@functools.cache
+def _best_isa() -> str:
+    return next((isa for isa in ISAS if _reason(f"cpu_{isa}") is None), ISAS[-1])
+
+
+@functools.cache
+def _reason(name: str) -> str | None:
+    try:
+        _load(name)
+    except BackendUnavailable as why:
+        return str(why)
+    return None
+
+
+@functools.cache
+def _load(name: str) -> Library:
+    if X86 and name in ("cpu_v4", "cpu_v3") and (level := cpu_level()) is not None and level < int(name[-1]):
+        raise BackendUnavailable(f"{name}: this processor runs x86-64-v{level} at most; unset SPLATKIT_ISA or name a lower one")
+    return _open(name)
+
+
+@functools.cache
+def _open(name: str) -> Library:
+    path = HERE / "_native" / f"libsplatkit_{name}.so"
+    if not path.exists():
+        raise BackendUnavailable(f"{name}: {_build_record(name)}; when that is mended, install splatkit again")
+    try:
+        return Library(path, torch.float64 if name.endswith("f64") else torch.float32)
+    except (OSError, AttributeError) as why:    # built for another system, or an entry is missing
+        raise BackendUnavailable(f"{name}: {path.name} does not load: {why}; install splatkit again") from why
+
+
+def _build_record(name: str) -> str:
+    """Why setup.py left the library out."""
+    try:
+        record = json.loads((HERE / "_native" / "build.json").read_text())
+        return record["libraries"][name]["reason"] or "it was built, but the file is gone"
+    except (OSError, ValueError, KeyError):
+        return "it was never built (no splatkit/_native/build.json)"
+
+
+def _refusal(what: str, arg, kind) -> Exception:
+    """The error for one argument that does not fit its parameter; `kind` as in Library._method."""
+    if isinstance(kind, int):
+        return TypeError(f"{what} is {arg!r:.60}; expected an int within {kind.bit_length()} bits")
+    if not isinstance(arg, Tensor):
+        return TypeError(f"{what} is {type(arg).__name__}; expected a {kind} tensor or None")
+    if arg.dtype is not kind:
+        return TypeError(f"{what} is {arg.dtype}; expected {kind}")
+    if not arg.is_cpu:
+        return ValueError(f"{what} is on {arg.device}; expected the CPU")
+    return ValueError(f"{what} {tuple(arg.shape)} is not contiguous (strides {arg.stride()}); pass .contiguous()")

@@ -1,0 +1,177 @@
+"""The native rasterizer as torch operators: two C entries forward (project, blend), two backward; torch allocates all memory."""
+import functools
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..native import CONST
+from ..scene import Scene
+from ..camera import Cameras
+from .types import RasterSettings, RasterStats, RenderOutput
+
+COLOR, EXPECTED_DEPTH, MEDIAN_DEPTH, FEATURES = 1, 2, 4, 8     # bits of `outputs`
+SPLAT, TILE = CONST["SK_SPLAT"], CONST["SK_TILE"]
+
+
+def render_native(scene: Scene, cameras: Cameras, outputs: tuple[str, ...], background: Tensor | None, sh_degree: int,
+                  settings: RasterSettings, stats: RasterStats | None) -> RenderOutput:
+    """render() by the CPU library of the scene's dtype. Arguments are checked by the caller."""
+    wanted = sum(bit for bit, name in ((COLOR, "color"), (EXPECTED_DEPTH, "expected_depth"), (MEDIAN_DEPTH, "median_depth"), (FEATURES, "features"))
+                 if name in outputs)
+    sums = [stats.grad_sum, stats.abs_grad_sum, stats.count, stats.max_radius_px, stats.weight_sum] if stats else []
+    out = torch.ops.splatkit.rasterize(
+        scene.means, scene.quats, scene.log_scales, scene.logit_opacities, scene.sh, scene.features if wanted & FEATURES else None,
+        cameras.world_to_cam, cameras.K, cameras.rows, background if wanted & COLOR else None, cameras.width, cameras.height,
+        sh_degree if wanted & COLOR else -1, packed_settings(settings), wanted, sums)
+    color, alpha, expected_depth, median_depth, features, radii, _, _, counts, _, _ = out
+    if not torch.compiler.is_compiling() and bool((counts[:, 2] > 0).any()):
+        scene.check_finite()
+    return RenderOutput(color if wanted & COLOR else None, alpha, expected_depth if wanted & EXPECTED_DEPTH else None,
+                        median_depth if wanted & MEDIAN_DEPTH else None, features if wanted & FEATURES else None, radii > 0, radii)
+
+
+@functools.lru_cache(maxsize=64)
+def packed_settings(s: RasterSettings) -> Tensor:
+    """The settings in the order of splatkit.h."""
+    return torch.tensor([s.near, s.blur_px2, s.antialias, s.alpha_min, s.alpha_max, s.transmittance_min, s.fov_margin], dtype=torch.float64)
+
+
+def tile_count(cameras: int, width: int, height: int) -> int:
+    return cameras * ((width + TILE - 1) // TILE) * ((height + TILE - 1) // TILE)
+
+
+@torch.library.custom_op("splatkit::rasterize", mutates_args=(), device_types="cpu")
+def rasterize(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opacities: Tensor, sh: Tensor, features: Tensor | None, world_to_cam: Tensor,
+              K: Tensor, rows: Tensor | None, background: Tensor | None, width: int, height: int, sh_degree: int, settings: Tensor, outputs: int,
+              stats: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """color, alpha, expected depth, median depth, features, radii; then what the backward needs: splats, tiles, counts, pairs, tile offsets."""
+    lib = native.cpu_library(means.dtype)
+    C, N = world_to_cam.shape[0], means.shape[0]
+    F = features.shape[1] if features is not None else 0
+    new = functools.partial(torch.empty, dtype=means.dtype)
+    splats, radii, order = new(C, N, SPLAT), new(C, N), torch.empty(C, N, dtype=torch.int32)
+    counts, tiles = torch.empty(C, 3, dtype=torch.int64), torch.empty(C, N, dtype=torch.int64)
+    lib.sk_project(N, C, width, height, sh_degree, sh.shape[1], settings, means.contiguous(), quats.contiguous(), log_scales.contiguous(),
+                   logit_opacities.contiguous(), sh.contiguous(), world_to_cam.contiguous(), K.contiguous(),
+                   rows.contiguous() if rows is not None else None, splats, order, radii, tiles, counts, None)
+    n_pairs = int(counts[:, 1].sum())
+    pairs, tile_offsets = torch.empty(n_pairs, dtype=torch.int32), torch.empty(tile_count(C, width, height) + 1, dtype=torch.int64)
+    alpha = new(C, height, width)
+    color = new(C, height, width, 3) if outputs & COLOR else new(0)
+    expected_depth = new(C, height, width) if outputs & EXPECTED_DEPTH else new(0)
+    median_depth = new(C, height, width) if outputs & MEDIAN_DEPTH else new(0)
+    features_out = new(C, height, width, F) if outputs & FEATURES else new(0)
+    needed = torch.zeros(1, dtype=torch.int64)
+    lib.sk_blend(N, C, width, height, F, settings, splats, order, tiles, counts, _given(features), _given(background), n_pairs, needed, pairs, tile_offsets,
+                 _if(outputs & COLOR, color), alpha, _if(outputs & EXPECTED_DEPTH, expected_depth), _if(outputs & MEDIAN_DEPTH, median_depth),
+                 _if(outputs & FEATURES and F, features_out), None)
+    return color, alpha, expected_depth, median_depth, features_out, radii, splats, tiles, counts, pairs, tile_offsets
+
+
+@rasterize.register_fake
+def _(means, quats, log_scales, logit_opacities, sh, features, world_to_cam, K, rows, background, width, height, sh_degree, settings, outputs, stats):
+    C, N, new = world_to_cam.shape[0], means.shape[0], means.new_empty
+    pairs = torch.library.get_ctx().new_dynamic_size()
+    size = (C, height, width)
+    return (new(*size, 3) if outputs & COLOR else new(0), new(size), new(size) if outputs & EXPECTED_DEPTH else new(0),
+            new(size) if outputs & MEDIAN_DEPTH else new(0), new(*size, features.shape[1]) if outputs & FEATURES else new(0), new(C, N),
+            new(C, N, SPLAT), new(C, N, dtype=torch.int64), new(C, 3, dtype=torch.int64), new(pairs, dtype=torch.int32),
+            new(tile_count(C, width, height) + 1, dtype=torch.int64))
+
+
+@torch.library.custom_op("splatkit::rasterize_vjp", mutates_args=(), device_types="cpu")
+def rasterize_vjp(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opacities: Tensor, sh: Tensor, features: Tensor | None, world_to_cam: Tensor,
+                  K: Tensor, rows: Tensor | None, background: Tensor | None, width: int, height: int, sh_degree: int, settings: Tensor,
+                  color: Tensor, alpha: Tensor, expected_depth: Tensor, features_out: Tensor, radii: Tensor, splats: Tensor, tiles: Tensor, counts: Tensor,
+                  pairs: Tensor, tile_offsets: Tensor, v_color: Tensor | None, v_alpha: Tensor | None, v_expected_depth: Tensor | None,
+                  v_features_out: Tensor | None, want_sh: bool, want_pose: bool, want_K: bool, want_background: bool, want_features: bool,
+                  want_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of means, quats, log_scales, logit_opacities, sh, features, world_to_cam, K, background; then of the splats, and the weight sums."""
+    lib = native.cpu_library(means.dtype)
+    C, N = world_to_cam.shape[0], means.shape[0]
+    F = features.shape[1] if features is not None else 0
+    new = functools.partial(torch.empty, dtype=means.dtype)
+    v_splats = new(C, N, SPLAT)
+    v_features = new(N, F) if want_features else new(0)
+    v_background = new(C, 3) if want_background else new(0)
+    weights = new(C, N) if want_stats else new(0)
+    some = lambda x: x if x.numel() else None
+    lib.sk_blend_vjp(N, C, width, height, F, settings, splats, tiles, counts, _given(features), _given(background), pairs, tile_offsets, some(color), alpha,
+                     some(expected_depth), some(features_out), _given(v_color), _given(v_alpha), _given(v_expected_depth),
+                     _given(v_features_out) if F else None, v_splats, _if(want_features and F, v_features), _if(want_background, v_background),
+                     _if(want_stats, weights), None)
+    v_means, v_quats, v_log_scales, v_logits = new(N, 3), new(N, 4), new(N, 3), new(N)
+    v_sh = new(sh.shape) if want_sh else new(0)
+    v_pose, v_K = new(C, 4, 4) if want_pose else new(0), new(C, 3, 3) if want_K else new(0)
+    lib.sk_project_vjp(N, C, width, height, sh_degree, sh.shape[1], settings, means.contiguous(), quats.contiguous(), log_scales.contiguous(),
+                       logit_opacities.contiguous(), sh.contiguous(), world_to_cam.contiguous(), K.contiguous(), _given(rows), radii, v_splats,
+                       v_means, v_quats, v_log_scales, v_logits, _if(want_sh, v_sh), _if(want_pose, v_pose), _if(want_K, v_K), None)
+    return v_means, v_quats, v_log_scales, v_logits, v_sh, v_features, v_pose, v_K, v_background, v_splats, weights
+
+
+@rasterize_vjp.register_fake
+def _(means, quats, log_scales, logit_opacities, sh, features, world_to_cam, K, rows, background, width, height, sh_degree, settings, color, alpha,
+      expected_depth, features_out, radii, splats, tiles, counts, pairs, tile_offsets, v_color, v_alpha, v_expected_depth, v_features_out, want_sh,
+      want_pose, want_K, want_background, want_features, want_stats):
+    C, N, new = world_to_cam.shape[0], means.shape[0], means.new_empty
+    return (new(N, 3), new(N, 4), new(N, 3), new(N), new(sh.shape) if want_sh else new(0), new(features.shape) if want_features else new(0),
+            new(C, 4, 4) if want_pose else new(0), new(C, 3, 3) if want_K else new(0), new(C, 3) if want_background else new(0), new(C, N, SPLAT),
+            new(C, N) if want_stats else new(0))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, width, height, sh_degree, settings, outputs, stats = inputs
+    color, alpha, expected_depth, _, features_out, radii, *rest = output
+    ctx.mark_non_differentiable(output[3], radii, *rest)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, color, alpha, expected_depth, features_out, radii, *rest, settings)
+    ctx.stats = stats     # not saved_tensors: other views write to them before this one's backward
+    ctx.sizes = (width, height, sh_degree)
+
+
+def _backward(ctx, v_color, v_alpha, v_expected_depth, v_median_depth, v_features_out, *unused):
+    *inputs, = ctx.saved_tensors[:10]
+    *outputs, = ctx.saved_tensors[10:20]
+    settings, sums = ctx.saved_tensors[20], ctx.stats
+    width, height, sh_degree = ctx.sizes
+    need = ctx.needs_input_grad
+    none = (None, None, None, None, None, [None] * len(sums))
+    if all(v is None or v.numel() == 0 for v in (v_color, v_alpha, v_expected_depth, v_features_out)):
+        return (None,) * 10 + none
+    v_color, v_expected_depth, v_features_out = (v if v is not None and v.numel() else None for v in (v_color, v_expected_depth, v_features_out))
+    want_sh, want_features = need[4] and v_color is not None, need[5] and v_features_out is not None
+    want_background = need[9] and v_color is not None
+    grads = torch.ops.splatkit.rasterize_vjp(*inputs, width, height, sh_degree, settings, *outputs, v_color, v_alpha, v_expected_depth, v_features_out,
+                                             want_sh, need[6], need[7], want_background, want_features, bool(sums))
+    *v, v_splats, weights = grads
+    if sums:
+        stats, radii = RasterStats(*sums), outputs[4]
+        for c in range(radii.shape[0]):
+            stats.add_view(v_splats[c, :, CONST["SK_X"]:CONST["SK_Y"] + 1], v_splats[c, :, CONST["SK_RX"]:CONST["SK_RY"] + 1], weights[c], radii[c],
+                           width, height)
+    given = (True, True, True, True, want_sh, want_features, need[6], need[7])
+    v = [g if ok else None for g, ok in zip(v, (*given, want_background))]
+    return (*v[:8], None, v[8], *none)
+
+
+rasterize.register_autograd(_backward, setup_context=_setup_context)
+
+
+def uplift_native(scene: Scene, camera: Cameras, feature_map: Tensor, settings: RasterSettings, sums: Tensor, weights: Tensor) -> None:
+    """Adds one camera's row sums: sums [N,F] += W^T map, weights [N] += W^T 1, W being the blending weights."""
+    lib, N = native.cpu_library(scene.dtype), len(scene)
+    with torch.no_grad():
+        out = torch.ops.splatkit.rasterize(scene.means, scene.quats, scene.log_scales, scene.logit_opacities, scene.sh, None, camera.world_to_cam, camera.K,
+                                           camera.rows, None, camera.width, camera.height, -1, packed_settings(settings), 0, [])
+    splats, _, _, pairs, tile_offsets = out[6:]
+    lib.sk_uplift(N, camera.width, camera.height, feature_map.shape[-1], packed_settings(settings), splats, pairs, tile_offsets,
+                  feature_map.contiguous(), sums, weights, None)
+
+
+def _given(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _if(wanted, x: Tensor) -> Tensor | None:
+    return x if wanted else None

@@ -1,0 +1,40 @@
+"""For every test: splatkit's shape annotations are enforced, and the fixtures that stand for what a machine may lack."""
+import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Before the first import of splatkit. Users pay nothing for the annotations; here every call is checked against them. As for every
+# type checker an int is a float (PEP 484).
+HOOK = install_import_hook("splatkit", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real photos and scenes beside the project, or where SPLATKIT_DATA says."""
+    folder = Path(os.environ.get("SPLATKIT_DATA") or REPO.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is absent (SPLATKIT_DATA names another folder)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cpu_library():
+    """The float32 CPU library in use."""
+    import torch
+
+    from splatkit import BackendUnavailable, native
+    try:
+        return native.cpu_library(torch.float32)
+    except BackendUnavailable as why:
+        pytest.skip(str(why))
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))

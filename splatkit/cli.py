@@ -80,7 +80,8 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
             result = reconstruct(settings, progress)
         finally:
             progress.close()
-        print(result)
+        print(result or "no photo was held out; the scene is written")
+        print(f"scene: {settings.output / 'scene.ply'}")
         return 0
 
     return reconstruct
@@ -107,8 +108,8 @@ def demo(output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")] =
     from . import rooms
     from .reconstruct import evaluate, reconstruct
 
-    rooms.write_capture(output / "photos")
-    settings = config.load_yaml(config.preset("reconstruct", "quick"), config.Reconstruct(data=output / "photos", output=output))
+    rooms.write_capture(output / "photos", width=320, height=240)
+    settings = config.load_yaml(config.preset("reconstruct", "demo"), config.Reconstruct(data=output / "photos", output=output))
     progress = Progress(settings.steps)
     try:
         reconstruct(settings, progress)

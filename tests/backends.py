@@ -14,7 +14,8 @@ BACKENDS = ("reference", "cpu")
 OUTPUTS = ("color", "expected_depth", "median_depth", "features")
 SMOOTH = RasterSettings.smooth()
 
-each_backend = pytest.mark.parametrize("backend, dtype", [pytest.param(b, d, id=f"{b}-{str(d)[6:]}") for b in BACKENDS for d in (torch.float32, torch.float64)])
+each_backend = pytest.mark.parametrize("backend, dtype", [pytest.param(backend, dtype, id=f"{backend}-{str(dtype)[6:]}")
+                                                          for backend in BACKENDS for dtype in (torch.float32, torch.float64)])
 each_backend_in_double = pytest.mark.parametrize("backend", BACKENDS)
 
 

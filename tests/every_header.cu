@@ -31,7 +31,8 @@ static __global__ void project_one(View<float> view, const float* in, float* out
   const ColourVjp<float> c = direction_vjp(view, 3, d, inv, v_y);
   const GaussianVjp<float> v = project_vjp(view, g, in[28], in[29], in[30], in[31], in[32], in[33], in[34]);
   out[0] = s.x + s.y + s.a + s.b + s.c + s.logo + s.z + s.rx + s.ry + colour + key;
-  out[1] = dot(v.mean + c.mean, v.log_scale) + v.quat.w + v.quat.x + v.quat.y + v.quat.z + v.logit + dot(v.t + c.t, v.r.r0 + c.r.r1) + v.fx + v.fy + v.cx + v.cy;
+  out[1] = dot(v.mean + c.mean, v.log_scale) + v.quat.w + v.quat.x + v.quat.y + v.quat.z + v.logit + dot(v.t + c.t, v.r.r0 + c.r.r1)
+           + v.fx + v.fy + v.cx + v.cy;
 }
 
 static __global__ void blend_one(Gaussian2D<float> g, float cut, float* out) {
@@ -49,14 +50,13 @@ static __global__ void train_one(float* p, const float* in, int copies) {
   adam(p[0], in[0], p[1], p[2], 1e-3f, step);
   const Vec3<float> moved = mcmc_noise<float>({in[0], in[1], in[2], in[3]}, {in[4], in[5], in[6]}, in[7], {in[8], in[9], in[10]}, 0.1f);
   p[3] += moved.x + moved.y + moved.z;
-  relocation<float>(sigmoid(in[7]), copies, p[4], p[5]);
-  relocation<double>(sigmoid((double)in[7]), copies, reinterpret_cast<double*>(p)[4], reinterpret_cast<double*>(p)[5]);
-  // Device code cannot index a host constexpr array at run time, but may read it in constants.
-  constexpr double window[SSIM_RADIUS + 1] = {SSIM_WINDOW[0], SSIM_WINDOW[1], SSIM_WINDOW[2], SSIM_WINDOW[3], SSIM_WINDOW[4], SSIM_WINDOW[5]};
+  double each, factor;
+  relocation(sigmoid((double)in[7]), copies, each, factor);
+  p[4] = (float)(each + factor);
   float mean = 0;
-  for (int j = -SSIM_RADIUS; j <= SSIM_RADIUS; j++) mean += (float)window[j < 0 ? -j : j] * in[16 + j];
+  for (int j = -SSIM_RADIUS; j <= SSIM_RADIUS; j++) mean += (float)ssim_window(j) * in[16 + j];
   const Ssim<float> s = ssim(mean, in[1], in[2], in[3]);
-  p[6] = s.value + s.by_mean + s.by_square + s.by_product + exp(in[0]) + log2(in[1]);
+  p[5] = s.value + s.by_mean + s.by_square + s.by_product + exp(in[0]) + log2(in[1]);
 }
 
 // The launches make the compiler keep the kernels, for the host as for the device.

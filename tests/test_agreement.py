@@ -30,7 +30,7 @@ def scalar_picture(scene, cameras, background, s: RasterSettings):
     transposed = lambda A: [list(column) for column in zip(*A)]
     pose, K = cameras.world_to_cam[0].tolist(), cameras.K[0].tolist()
     R, t0 = [row[:3] for row in pose[:3]], [row[3] for row in pose[:3]]
-    fx, fy, cx, cy = K[0][0], K[1][1], K[0][2], K[1][2]
+    fx, fy, cx, cy, width, height = K[0][0], K[1][1], K[0][2], K[1][2], cameras.width, cameras.height
     centre = [-dot(column, t0) for column in zip(*R)]
     drawn = []
     for i in range(len(scene)):
@@ -47,8 +47,8 @@ def scalar_picture(scene, cameras, background, s: RasterSettings):
                 [2 * (a * c - w * b), 2 * (b * c + w * a), w * w - a * a - b * b + c * c]]
         variances = [[math.exp(2 * l) if j == k else 0.0 for k in range(3)] for j, l in enumerate(scene.log_scales[i].tolist())]
         world = matmul(matmul(turn, variances), transposed(turn))
-        u = min(max(x / z, -cx / fx - s.fov_margin * 0.5 * cameras.width / fx), (cameras.width - cx) / fx + s.fov_margin * 0.5 * cameras.width / fx)
-        v = min(max(y / z, -cy / fy - s.fov_margin * 0.5 * cameras.height / fy), (cameras.height - cy) / fy + s.fov_margin * 0.5 * cameras.height / fy)
+        u = min(max(x / z, (-cx - s.fov_margin * width / 2) / fx), (width - cx + s.fov_margin * width / 2) / fx)
+        v = min(max(y / z, (-cy - s.fov_margin * height / 2) / fy), (height - cy + s.fov_margin * height / 2) / fy)
         J = matmul([[fx / z, 0, -fx * u * z / z**2], [0, fy / z, -fy * v * z / z**2]], R)
         (xx, xy), (_, yy) = matmul(matmul(J, world), transposed(J))
         before = xx * yy - xy * xy
@@ -59,7 +59,7 @@ def scalar_picture(scene, cameras, background, s: RasterSettings):
             continue
         reach = 2 * math.log(opacity / s.alpha_min)
         px, py, rx, ry = fx * x / z + cx, fy * y / z + cy, math.sqrt(reach * xx), math.sqrt(reach * yy)
-        if not any(px - rx <= j + 0.5 <= px + rx for j in range(cameras.width)) or not any(py - ry <= j + 0.5 <= py + ry for j in range(cameras.height)):
+        if not any(abs(j + 0.5 - px) <= rx for j in range(width)) or not any(abs(j + 0.5 - py) <= ry for j in range(height)):
             continue
         d = [p - q for p, q in zip(m, centre)]
         d = [p / math.sqrt(dot(d, d)) for p in d]
@@ -69,10 +69,10 @@ def scalar_picture(scene, cameras, background, s: RasterSettings):
     drawn.sort(key=lambda g: g[:2])
 
     F = scene.features.shape[1]
-    out = {"color": np.zeros((cameras.height, cameras.width, 3)), "features": np.zeros((cameras.height, cameras.width, F))}
-    out |= {name: np.zeros((cameras.height, cameras.width)) for name in ("alpha", "expected_depth", "median_depth")}
-    for row in range(cameras.height):
-        for column in range(cameras.width):
+    out = {"color": np.zeros((height, width, 3)), "features": np.zeros((height, width, F))}
+    out |= {name: np.zeros((height, width)) for name in ("alpha", "expected_depth", "median_depth")}
+    for row in range(height):
+        for column in range(width):
             T, color, features, depth, median = 1.0, np.zeros(3), np.zeros(F), 0.0, 0.0
             for _, _, px, py, xx, xy, yy, opacity, z, c, f, _ in drawn:
                 dx, dy = column + 0.5 - px, row + 0.5 - py
@@ -95,8 +95,9 @@ def scalar_picture(scene, cameras, background, s: RasterSettings):
 
 
 @each_backend_in_double
-@pytest.mark.parametrize("seed, settings", [(0, DEFAULT), (1, RasterSettings(antialias=True)),
-                                            (2, RasterSettings(alpha_min=0.1, alpha_max=0.6, transmittance_min=0.2, fov_margin=0.0, near=2.0))])
+@pytest.mark.parametrize("seed, settings", [
+    (0, DEFAULT), (1, RasterSettings(antialias=True)),
+    (2, RasterSettings(alpha_min=0.1, alpha_max=0.6, transmittance_min=0.2, fov_margin=0.0, near=2.0))])
 def test_the_picture_is_that_of_a_plain_loop(backend, seed, settings):
     scene = random_scene(40, seed, degree=1, channels=2)
     opaque = torch.arange(40) % 4 == 0
@@ -151,14 +152,16 @@ def test_any_number_of_channels_is_drawn_and_differentiated(backend, dtype, chan
         (features * torch.linspace(-1, 1, channels).to(dtype)).square().sum().backward()
         return features.detach(), leaves.features.grad, leaves.means.grad
 
-    for actual, expected, tolerance in zip(picture_and_gradients(dtype, backend), picture_and_gradients(F64, "reference"), (PICTURE, GRADIENT, GRADIENT)):
-        assert_same_l2(actual, expected, tolerance)
+    actual, expected = picture_and_gradients(dtype, backend), picture_and_gradients(F64, "reference")
+    for a, e, tolerance in zip(actual, expected, (PICTURE, GRADIENT, GRADIENT)):
+        assert_same_l2(a, e, tolerance)
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 @hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
 @given(width=st.integers(1, 40), height=st.integers(1, 40), n=st.integers(0, 40), seed=st.integers(0, 10**6), growth=st.floats(-4, 3),
-       distance=st.floats(0.1, 6), alpha_min=st.sampled_from([0.0, 1 / 255, 0.3]), antialias=st.booleans(), near=st.sampled_from([0.01, 0.5, 2.0]))
+       distance=st.floats(0.1, 6), alpha_min=st.sampled_from([0.0, 1 / 255, 0.3]), antialias=st.booleans(),
+       near=st.sampled_from([0.01, 0.5, 2.0]))
 def test_any_size_count_and_distance_looks_the_same(backend, width, height, n, seed, growth, distance, alpha_min, antialias, near):
     scene = random_scene(n, seed, degree=seed % 4, channels=seed % 3 + 1)
     scene = scene.replace(log_scales=(scene.log_scales + growth).float().double())
@@ -183,7 +186,8 @@ def test_projection_is_that_of_gsplat(gsplat):
         plain, antialiased = (project(scene, cameras[c], RasterSettings(antialias=on)) for on in (False, True))
         seen = depths[c] > 0.1
         assert 10 < seen.sum() < 50
-        for ours, theirs in ((plain.mean_px, means2d[c]), (plain.z, depths[c]), (plain.inverse, conics[c]), (antialiased.opacity / plain.opacity, compensations[c])):
+        for ours, theirs in ((plain.mean_px, means2d[c]), (plain.z, depths[c]), (plain.inverse, conics[c]),
+                             (antialiased.opacity / plain.opacity, compensations[c])):
             assert_same_l2(ours[seen], theirs[seen], GRADIENT)
 
 

@@ -35,7 +35,8 @@ def alpha_on_paper(cameras: Cameras, mean, scale, opacity, settings=DEFAULT, u=N
 @each_backend
 def test_a_gaussian_on_the_axis_has_the_width_and_height_of_its_projection(backend, dtype):
     cameras = camera(dtype=dtype)
-    out = render(gaussians([0, 0, 2], scale=0.1, opacity=0.8, color=(1.0, 0.5, 0.25), dtype=dtype), cameras, outputs=OUTPUTS[:2], backend=backend)
+    scene = gaussians([0, 0, 2], scale=0.1, opacity=0.8, color=(1.0, 0.5, 0.25), dtype=dtype)
+    out = render(scene, cameras, outputs=("color", "expected_depth"), backend=backend)
     alpha = alpha_on_paper(cameras, (0, 0, 2), 0.1, 0.8)
     assert alpha[7, 8] == 0.8 and alpha[7, 9].item() == pytest.approx(0.8 * math.exp(-0.5 / 1.3))
     assert_near(out.alpha[0], alpha, ON_PAPER)
@@ -101,8 +102,8 @@ def test_radius_is_where_alpha_falls_to_alpha_min(backend, dtype):
 
 @each_backend
 def test_a_gaussian_between_pixel_centres_or_outside_the_picture_is_not_visible(backend, dtype):
-    sharp = dataclasses.replace(DEFAULT, blur_px2=0.0)
-    out = render(gaussians([[0.05, 0.05, 2], [0, 0, 2], [9, 0, 2]], scale=0.001, dtype=dtype), camera(dtype=dtype), settings=sharp, backend=backend)
+    scene, sharp = gaussians([[0.05, 0.05, 2], [0, 0, 2], [9, 0, 2]], scale=0.001, dtype=dtype), dataclasses.replace(DEFAULT, blur_px2=0.0)
+    out = render(scene, camera(dtype=dtype), settings=sharp, backend=backend)
     assert out.visible.tolist() == [[False, True, False]]
     assert (out.radii_px > 0).tolist() == out.visible.tolist()
 
@@ -168,26 +169,27 @@ def test_the_near_plane_cuts_by_centre_depth(backend, dtype):
 @each_backend
 def test_antialiasing_keeps_the_energy_of_a_gaussian_smaller_than_a_pixel(backend, dtype):
     settings = dataclasses.replace(DEFAULT, antialias=True, alpha_min=0.0)
-    cameras, sigma_px = camera(dtype=dtype), 0.1
-    alpha = render(gaussians([0.013, 0.02, 2], scale=sigma_px / 10, opacity=0.8, dtype=dtype), cameras, settings=settings, backend=backend).alpha
+    sigma_px = 0.1
+    draw = lambda mean: render(gaussians(mean, sigma_px / 10, dtype=dtype), camera(dtype=dtype), settings=settings, backend=backend).alpha
     energy = 0.8 * 2 * math.pi * sigma_px ** 2
-    assert alpha.sum().item() == pytest.approx(energy, rel=0.02)     # pixels 1 px apart sample a Gaussian of variance 0.31 px^2
-    middle = render(gaussians([0, 0, 2], scale=sigma_px / 10, opacity=0.8, dtype=dtype), cameras, settings=settings, backend=backend).alpha[0, 7, 8]
-    assert_near(middle, 0.8 * 0.01 / 0.31, ON_PAPER)
+    assert draw([0.013, 0.02, 2]).sum().item() == pytest.approx(energy, rel=0.02)    # sampled 1 px apart, its variance 0.31 px^2
+    assert_near(draw([0, 0, 2])[0, 7, 8], 0.8 * 0.01 / 0.31, ON_PAPER)
 
 
 @each_backend
 def test_an_infinitely_thin_gaussian_is_harmless(backend, dtype):
-    scene = gaussians([[0, 0, 2], [0.1, 0, 2]], dtype=dtype)
-    scene = scene.replace(log_scales=torch.tensor([[0, -30.0, -30], [-30, -30, -30]], dtype=dtype), quats=torch.tensor([[0.9, 0.1, 0.3, 0.2]] * 2, dtype=dtype))
+    needle_and_point = torch.tensor([[0, -30.0, -30], [-30, -30, -30]], dtype=dtype)
+    turned = torch.tensor([[0.9, 0.1, 0.3, 0.2]] * 2, dtype=dtype)
     for antialias in (False, True):
         for blur in (0.0, 0.3):
-            leaves = scene.clone().requires_grad_()
-            out = render(leaves, camera(dtype=dtype), settings=dataclasses.replace(DEFAULT, antialias=antialias, blur_px2=blur), backend=backend)
+            scene = gaussians([[0, 0, 2], [0.1, 0, 2]], dtype=dtype).replace(log_scales=needle_and_point, quats=turned)
+            scene = scene.clone().requires_grad_()
+            settings = dataclasses.replace(DEFAULT, antialias=antialias, blur_px2=blur)
+            out = render(scene, camera(dtype=dtype), settings=settings, backend=backend)
             assert out.alpha.isfinite().all()
-            if blur and out.alpha.requires_grad:
+            if blur:
                 out.alpha.sum().backward()
-                assert all(x.grad.isfinite().all() for x in leaves.fields().values() if x.grad is not None)
+                assert all(x.grad.isfinite().all() for x in scene.fields().values() if x.grad is not None)
 
 
 # ---- several Gaussians
@@ -298,8 +300,8 @@ def test_a_zero_quaternion_gets_no_gradient(backend, dtype):
 @pytest.mark.parametrize("limit, beyond", [(-30.0, -40.0), (30.0, 45.0)])
 def test_log_scales_stop_at_their_limits(backend, dtype, limit, beyond):
     scene = gaussians([0.1, 0.05, 2], dtype=dtype).replace(log_scales=torch.tensor([[-1.0, -2.0, limit]], dtype=dtype))
-    out = render(scene.replace(log_scales=torch.tensor([[-1.0, -2.0, beyond]], dtype=dtype).requires_grad_()), camera(dtype=dtype), backend=backend)
-    assert torch.equal(out.alpha, render(scene, camera(dtype=dtype), backend=backend).alpha)
+    stretched = scene.replace(log_scales=torch.tensor([[-1.0, -2.0, beyond]], dtype=dtype))
+    assert torch.equal(*(render(s, camera(dtype=dtype), backend=backend).alpha for s in (scene, stretched)))
 
 
 @each_backend
@@ -311,7 +313,8 @@ def test_log_scales_beyond_their_limit_get_no_gradient(backend, dtype):
 
 @each_backend
 def test_extreme_opacity_logits_saturate(backend, dtype):
-    scene = gaussians([[0.2, 0, 2], [-0.2, 0, 2]], scale=0.05, dtype=dtype).replace(logit_opacities=torch.tensor([100.0, -100.0], dtype=dtype)).requires_grad_()
+    scene = gaussians([[0.2, 0, 2], [-0.2, 0, 2]], scale=0.05, dtype=dtype)
+    scene = scene.replace(logit_opacities=torch.tensor([100.0, -100.0], dtype=dtype)).requires_grad_()
     out = render(scene, camera(dtype=dtype), backend=backend)
     assert out.visible.tolist() == [[True, False]]
     assert_near(out.alpha[0], alpha_on_paper(camera(), (0.2, 0, 2), 0.05, 1.0), ON_PAPER)
@@ -334,10 +337,11 @@ def test_colour_is_seen_from_the_camera_centre(backend, dtype):
     sh = torch.zeros(1, 4, 3, dtype=dtype)
     sh[0, 1:, 0] = torch.tensor([0.3, 0.5, 0.7])
     scene = gaussians([0, 0, 2], dtype=dtype).replace(sh=sh)
-    assert_near(render(scene, camera(dtype=dtype), backend=backend).color[0, 7, 8, 0], 0.8 * (0.5 + 0.4886025119029199 * 0.5), ON_PAPER)
+    red = lambda cameras: render(scene, cameras, backend=backend).color[0, 7, 8, 0]
+    assert_near(red(camera(dtype=dtype)), 0.8 * (0.5 + 0.4886025119029199 * 0.5), ON_PAPER)
     behind = torch.diag(torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=F64))
     behind[2, 3] = 4.0
-    assert_near(render(scene, camera(dtype=dtype, world_to_cam=behind), backend=backend).color[0, 7, 8, 0], 0.8 * (0.5 - 0.4886025119029199 * 0.5), ON_PAPER)
+    assert_near(red(camera(dtype=dtype, world_to_cam=behind)), 0.8 * (0.5 - 0.4886025119029199 * 0.5), ON_PAPER)
 
 
 @each_backend
@@ -372,10 +376,8 @@ def test_a_moved_scene_before_a_moved_camera_gives_the_same_picture(backend, dty
     moved = pose.clone()
     moved[:, :3, :3] = pose[:, :3, :3] @ turn.T
     moved[:, :3, 3] = scale * pose[:, :3, 3] - moved[:, :3, :3] @ shift
-    cameras = cameras.replace(world_to_cam=pose.to(dtype))
-    before = render(scene, cameras, outputs=("color", "expected_depth"), settings=SMOOTH, backend=backend)
-    after = render(scene.transformed(scale, turn, shift), cameras.replace(world_to_cam=moved.to(dtype)), outputs=("color", "expected_depth"),
-                   settings=SMOOTH, backend=backend)
+    before, after = (render(s, cameras.replace(world_to_cam=p.to(dtype)), outputs=("color", "expected_depth"), settings=SMOOTH,
+                            backend=backend) for s, p in ((scene, pose), (scene.transformed(scale, turn, shift), moved)))
     assert_same_l2(after.color, before.color, PICTURE)
     assert_same_l2(after.expected_depth / scale, before.expected_depth, PICTURE)
 
@@ -395,7 +397,8 @@ def test_quaternions_turn_as_rotation_matrices_say():
 def test_a_wall_of_gaussians_has_the_depth_of_the_wall(backend, dtype):
     grid = torch.linspace(-1, 1, 11)
     means = torch.cartesian_prod(grid, grid, torch.tensor([3.0]))
-    out = render(gaussians(means, scale=0.15, opacity=0.7, dtype=dtype), camera(dtype=dtype), outputs=("expected_depth", "median_depth"), backend=backend)
+    scene = gaussians(means, scale=0.15, opacity=0.7, dtype=dtype)
+    out = render(scene, camera(dtype=dtype), outputs=("expected_depth", "median_depth"), backend=backend)
     assert out.color is None and out.features is None
     assert (out.alpha > 0.5).all()
     assert_near(out.expected_depth, 3.0, ON_PAPER)
@@ -413,10 +416,9 @@ def test_expected_depth_is_the_mean_by_weight(backend, dtype):
 def test_median_depth_is_where_transmittance_first_falls_to_one_half(backend, dtype):
     opacity = [0.4, 0.3, 0.3]                           # T: 0.7, 0.49, 0.294 in the order of depth
     scene = gaussians([[0, 0, 5], [0, 0, 2], [0, 0, 3]], scale=20.0, opacity=opacity, dtype=dtype)
-    depth = lambda rows: render(scene.rows(rows), camera(dtype=dtype), outputs=("median_depth",), backend=backend).median_depth[0, 7, 8].item()
-    assert depth(slice(None)) == 3
-    assert depth(slice(0, 2)) == 5                      # T: 0.7, 0.42
-    assert depth(slice(0, 1)) == 0
+    draw = lambda rows: render(scene.rows(rows), camera(dtype=dtype), outputs=("median_depth",), backend=backend)
+    depths = [draw(slice(0, last)).median_depth[0, 7, 8].item() for last in (3, 2, 1)]
+    assert depths == [3, 5, 0]                          # the first two alone: 0.7, 0.42; the first alone: 0.6
 
 
 # ---- cameras

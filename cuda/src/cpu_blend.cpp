@@ -11,13 +11,14 @@ namespace {
 SK_FN void list_blocks(const BlendArgs& a, int tile_x, int tile_y, int n, uint32_t alive, TileScratch& s) {
   for (int b = 0; b < TILE_BLOCKS; b++) s.count[b] = 0;
   const Lanes cut = splat(a.cut - CULL_SLACK);
-  IntLanes lane;
-  for (int i = 0; i < W; i++) lane[i] = i;
   for (int at = 0; at < n; at += W) {
-    const IntLanes row = lane + (ireal)at;   // rows behind the last are stale but finite; their bits are dropped below
-    const IntLanes offset = row * (ireal)SK_SPLAT;
-    const Gaussian2D<Lanes> g = {gather(s.g + SK_X, offset), gather(s.g + SK_Y, offset), gather(s.g + SK_A, offset), gather(s.g + SK_B, offset),
-                                 gather(s.g + SK_C, offset), gather(s.g + SK_LOGO, offset)};
+    int32_t row[W];   // rows behind the last repeat it; their bits are dropped below
+    for (int i = 0; i < W; i++) row[i] = at + i;
+    Lanes p[8];
+    load_columns(s.g + SK_X, row, SK_SPLAT, 4, p);
+    load_columns(s.g + SK_C, row, SK_SPLAT, 4, p + 4);
+    static_assert(SK_X == 0 && SK_B == 3 && SK_C == 4 && SK_LOGO == 5, "columns in this order");
+    const Gaussian2D<Lanes> g = {p[0], p[1], p[2], p[3], p[4], p[5]};
     const Lanes ba = g.b / ((real)-2 * g.a), bc = g.b / ((real)-2 * g.c);
     const uint32_t used = n - at >= W ? ~0u : (1u << (n - at)) - 1;
     for (uint32_t left = alive; left; left &= left - 1) {
@@ -27,7 +28,7 @@ SK_FN void list_blocks(const BlendArgs& a, int tile_x, int tile_y, int n, uint32
       uint32_t m = bits(at_least(peak, cut)) & used;
       uint16_t* list = s.list[b] + s.count[b];
 #if defined(__AVX512F__)
-      const __m512i packed = _mm512_maskz_compress_epi32((__mmask16)m, (__m512i)row);
+      const __m512i packed = _mm512_maskz_compress_epi32((__mmask16)m, _mm512_loadu_si512(row));
       _mm256_storeu_si256((__m256i*)list, _mm512_cvtepi32_epi16(packed));
       s.count[b] += __builtin_popcount(m);
 #else

@@ -43,46 +43,29 @@ static TileSpan tile_span(const real* s, int width, int height) {
 namespace {
 
 struct RowLanes {
-  IntLanes offset;   // rows relative to the chunk's first; unused lanes repeat the last used one
+  int32_t row[W];   // relative to the chunk's first; unused lanes repeat the last used one
   int used;
 };
 
 SK_FN RowLanes take_rows(const int32_t* list, int at, int n) {
   RowLanes r;
   r.used = n - at < W ? n - at : W;
-  for (int i = 0; i < W; i++) r.offset[i] = list[at + (i < r.used ? i : r.used - 1)];
+  for (int i = 0; i < W; i++) r.row[i] = list[at + (i < r.used ? i : r.used - 1)];
   return r;
 }
 
-SK_FN Lanes column(const real* base, IntLanes row, int columns, int j) { return gather(base, row * (ireal)columns + (ireal)j); }
-
-SK_FN GaussianIn<Lanes> load_gaussian(const ProjectArgs& a, int64_t first, IntLanes row) {
-  const real *m = a.means + first * 3, *q = a.quats + first * 4, *s = a.log_scales + first * 3;
-  GaussianIn<Lanes> g;
-  g.mean = {column(m, row, 3, 0), column(m, row, 3, 1), column(m, row, 3, 2)};
-  g.quat = {column(q, row, 4, 0), column(q, row, 4, 1), column(q, row, 4, 2), column(q, row, 4, 3)};
-  g.log_scale = {column(s, row, 3, 0), column(s, row, 3, 1), column(s, row, 3, 2)};
-  g.logit = gather(a.logit_opacities + first, row);
-  return g;
+SK_FN GaussianIn<Lanes> load_gaussian(const ProjectArgs& a, int64_t first, const RowLanes& r) {
+  Lanes m[4], q[4], s[4], o[4];
+  load_columns(a.means + first * 3, r.row, 3, 3, m);
+  load_columns(a.quats + first * 4, r.row, 4, 4, q);
+  load_columns(a.log_scales + first * 3, r.row, 3, 3, s);
+  load_columns(a.logit_opacities + first, r.row, 1, 1, o);
+  return {{m[0], m[1], m[2]}, {s[0], s[1], s[2]}, {q[0], q[1], q[2], q[3]}, o[0]};
 }
 
-// Rows of one picture plane each -> one record a row: out[lane * stride + j] = planes[j][lane].
-template <int count> SK_FN void store_rows(const Lanes (&planes)[count], int used, real* out, const int32_t* list, int stride, bool add) {
-  real flat[count][W];
-  for (int j = 0; j < count; j++) store(flat[j], planes[j]);
-  for (int i = 0; i < used; i++) {
-    real* row = out + (int64_t)list[i] * stride;
-    if (add)
-      for (int j = 0; j < count; j++) row[j] += flat[j][i];
-    else
-      for (int j = 0; j < count; j++) row[j] = flat[j][i];
-  }
-}
-
-SK_FN Lanes sh_dot(const real* sh, IntLanes offset, const Lanes* y, int bands, int channel) {
-  Lanes sum = y[0] * gather(sh, offset + (ireal)channel);
-  for (int k = 1; k < bands; k++) sum += y[k] * gather(sh, offset + (ireal)(3 * k + channel));
-  return sum;
+// The coefficients of the rows: sh[3 k + channel], whole groups of four numbers.
+SK_FN void load_sh(const ProjectArgs& a, const real* sh, const RowLanes& r, int numbers, Lanes* out) {
+  for (int j = 0; j < numbers; j += 4) load_columns(sh + j, r.row, 3 * a.sh_bands, numbers - j < 4 ? numbers - j : 4, out + j);
 }
 
 }  // namespace
@@ -107,20 +90,19 @@ int project_chunk(const ProjectArgs& a, int64_t first, int64_t last, real* splat
   int drawn = 0;
   for (int at = 0; at < count; at += W) {
     const RowLanes r = take_rows(near_rows, at, count);
-    const GaussianIn<Lanes> g = load_gaussian(a, first, r.offset);
+    const GaussianIn<Lanes> g = load_gaussian(a, first, r);
     const Splatted<Lanes> s = project(a.view, g);
     const Lanes sum = (real)0 * (g.quat.w + g.quat.x + g.quat.y + g.quat.z + g.log_scale.x + g.log_scale.y + g.log_scale.z + g.logit);
     const uint32_t finite = bits(at_least(sum, splat(0))), mask = bits(s.drawn) & finite;
     *not_finite += __builtin_popcount(~finite & ((1u << (r.used - 1) << 1) - 1));
     const Lanes zero = splat(0);
     const Lanes planes[SK_SPLAT] = {s.x, s.y, s.a, s.b, s.c, s.logo, zero, zero, zero, s.z, s.rx, s.ry};
-    real flat[SK_SPLAT][W];
-    for (int j = 0; j < SK_SPLAT; j++) store(flat[j], planes[j]);
+    real* chunk = splats + first * SK_SPLAT;   // records of rows that are not drawn are written too, and never read
+    for (int j = 0; j < SK_SPLAT; j += 4) store_columns(chunk + j, r.row, r.used, SK_SPLAT, 4, planes + j, false);
     for (int i = 0; i < r.used; i++) {
       if (!(mask >> i & 1)) continue;
       const int32_t row = near_rows[at + i];
-      real* out = splats + (first + row) * SK_SPLAT;
-      for (int j = 0; j < SK_SPLAT; j++) out[j] = flat[j][i];
+      const real* out = chunk + row * SK_SPLAT;
       radii[first + row] = a.view.unbounded ? (real)__builtin_inf() : max(max(out[SK_RX], out[SK_RY]), (real)1e-6);
       const TileSpan t = tile_span(out, (int)a.view.width, (int)a.view.height);
       tiles[first + row] = packed(t);
@@ -135,17 +117,19 @@ int project_chunk(const ProjectArgs& a, int64_t first, int64_t last, real* splat
   const int bands = sh_count(a.sh_degree);
   for (int at = 0; at < drawn; at += W) {
     const RowLanes r = take_rows(drawn_rows, at, drawn);
-    const real* m = a.means + first * 3;
-    Lanes inv, y[16];
-    const Vec3<Lanes> mean = {column(m, r.offset, 3, 0), column(m, r.offset, 3, 1), column(m, r.offset, 3, 2)};
-    sh_basis(a.sh_degree, direction(a.view, mean, inv), y);
-    const IntLanes offset = r.offset * (ireal)(3 * a.sh_bands);
-    Lanes c[3];
-    for (int j = 0; j < 3; j++) c[j] = splat((real)0.5) + sh_dot(sh, offset, y, bands, j);
+    Lanes inv, y[16], m[4], coefficients[48];
+    load_columns(a.means + first * 3, r.row, 3, 3, m);
+    sh_basis(a.sh_degree, direction(a.view, Vec3<Lanes>{m[0], m[1], m[2]}, inv), y);
+    load_sh(a, sh, r, 3 * bands, coefficients);
+    Lanes c[4];
+    for (int j = 0; j < 3; j++) c[j] = splat((real)0.5) + y[0] * coefficients[j];
+    for (int k = 1; k < bands; k++)
+      for (int j = 0; j < 3; j++) c[j] += y[k] * coefficients[3 * k + j];
     const uint32_t finite = bits(at_least((real)0 * (c[0] + c[1] + c[2]), splat(0)));
     *not_finite += __builtin_popcount(~finite & ((1u << (r.used - 1) << 1) - 1));
     for (int j = 0; j < 3; j++) c[j] = max(c[j], splat(0));
-    store_rows(c, r.used, splats + first * SK_SPLAT + SK_R, drawn_rows + at, SK_SPLAT, false);
+    c[3] = c[2];
+    store_columns(splats + first * SK_SPLAT + SK_R, r.row, r.used, SK_SPLAT, 3, c, false);
   }
   return drawn;
 }
@@ -158,7 +142,6 @@ void project_vjp_chunk(const ProjectArgs& a, int64_t first, int64_t last, const 
     list[drawn] = i;
     drawn += radii[first + i] > 0;
   }
-  const bool colour = a.sh_degree >= 0 && out.sh != nullptr;
   if (!add) {   // rows that are not drawn get zeros
     for (int i = 0; i < n; i++) {
       if (radii[first + i] > 0) continue;
@@ -171,48 +154,38 @@ void project_vjp_chunk(const ProjectArgs& a, int64_t first, int64_t last, const 
   const int bands = a.sh_degree >= 0 ? sh_count(a.sh_degree) : 0;
   for (int at = 0; at < drawn; at += W) {
     const RowLanes r = take_rows(list, at, drawn);
-    const real* v = v_splats + first * SK_SPLAT;
-    auto grad = [&](int j) { return column(v, r.offset, SK_SPLAT, j); };
-    const GaussianIn<Lanes> g = load_gaussian(a, first, r.offset);
-    GaussianVjp<Lanes> o = project_vjp(a.view, g, grad(SK_X), grad(SK_Y), grad(SK_A), grad(SK_B), grad(SK_C), grad(SK_LOGO), grad(SK_Z));
-    if (colour) {
-      Lanes inv, y[16], v_y[16];
+    Lanes v[SK_SPLAT];
+    for (int j = 0; j < SK_SPLAT; j += 4) load_columns(v_splats + first * SK_SPLAT + j, r.row, SK_SPLAT, 4, v + j);
+    const GaussianIn<Lanes> g = load_gaussian(a, first, r);
+    GaussianVjp<Lanes> o = project_vjp(a.view, g, v[SK_X], v[SK_Y], v[SK_A], v[SK_B], v[SK_C], v[SK_LOGO], v[SK_Z]);
+    if (a.sh_degree >= 0) {   // the view direction pulls at means and pose, whether or not sh itself wants a gradient
+      Lanes inv, y[16], v_y[16], v_c[3], coefficients[48];
       const Vec3<Lanes> d = direction(a.view, g.mean, inv);
       sh_basis(a.sh_degree, d, y);
-      const real* sh = a.sh + first * a.sh_bands * 3;
-      const IntLanes offset = r.offset * (ireal)(3 * a.sh_bands);
-      Lanes v_c[3];
-      Lanes coefficients[3][16];
+      load_sh(a, a.sh + first * a.sh_bands * 3, r, 3 * bands, coefficients);
       for (int j = 0; j < 3; j++) {
-        for (int k = 0; k < bands; k++) coefficients[j][k] = gather(sh, offset + (ireal)(3 * k + j));
-        Lanes c = splat((real)0.5) + y[0] * coefficients[j][0];
-        for (int k = 1; k < bands; k++) c += y[k] * coefficients[j][k];
-        v_c[j] = where(less(splat(0), c), grad(SK_R + j), splat(0));
+        Lanes c = splat((real)0.5) + y[0] * coefficients[j];
+        for (int k = 1; k < bands; k++) c += y[k] * coefficients[3 * k + j];
+        v_c[j] = where(less(splat(0), c), v[SK_R + j], splat(0));
       }
-      for (int k = 0; k < bands; k++) v_y[k] = v_c[0] * coefficients[0][k] + v_c[1] * coefficients[1][k] + v_c[2] * coefficients[2][k];
+      for (int k = 0; k < bands; k++) v_y[k] = v_c[0] * coefficients[3 * k] + v_c[1] * coefficients[3 * k + 1] + v_c[2] * coefficients[3 * k + 2];
       const ColourVjp<Lanes> c = direction_vjp(a.view, a.sh_degree, d, inv, v_y);
       o.mean = o.mean + c.mean;
       o.t = o.t + c.t;
       o.r = o.r + c.r;
-      real flat[48][W];
       for (int k = 0; k < bands; k++)
-        for (int j = 0; j < 3; j++) store(flat[3 * k + j], y[k] * v_c[j]);
-      for (int i = 0; i < r.used; i++) {
-        real* row = out.sh + (first + list[at + i]) * a.sh_bands * 3;
-        if (add)
-          for (int j = 0; j < 3 * bands; j++) row[j] += flat[j][i];
-        else
-          for (int j = 0; j < 3 * bands; j++) row[j] = flat[j][i];
-        if (!add)
-          for (int j = 3 * bands; j < 3 * a.sh_bands; j++) row[j] = 0;
-      }
+        for (int j = 0; j < 3; j++) coefficients[3 * k + j] = y[k] * v_c[j];
+      if (!add)   // bands above the degree
+        for (int i = 3 * bands; i < 3 * a.sh_bands; i++) coefficients[i] = splat(0);
+      const int numbers = out.sh ? 3 * (add ? bands : a.sh_bands) : 0;
+      for (int j = 0; j < numbers; j += 4) store_columns(out.sh + first * a.sh_bands * 3 + j, r.row, r.used, 3 * a.sh_bands, numbers - j < 4 ? numbers - j : 4, coefficients + j, add);
     }
-    const Lanes means[3] = {o.mean.x, o.mean.y, o.mean.z}, quats[4] = {o.quat.w, o.quat.x, o.quat.y, o.quat.z};
-    const Lanes scales[3] = {o.log_scale.x, o.log_scale.y, o.log_scale.z}, logits[1] = {o.logit};
-    store_rows(means, r.used, out.means + first * 3, list + at, 3, add);
-    store_rows(quats, r.used, out.quats + first * 4, list + at, 4, add);
-    store_rows(scales, r.used, out.log_scales + first * 3, list + at, 3, add);
-    store_rows(logits, r.used, out.logit_opacities + first, list + at, 1, add);
+    const Lanes means[4] = {o.mean.x, o.mean.y, o.mean.z, o.mean.z}, quats[4] = {o.quat.w, o.quat.x, o.quat.y, o.quat.z};
+    const Lanes scales[4] = {o.log_scale.x, o.log_scale.y, o.log_scale.z, o.log_scale.z}, logits[4] = {o.logit, o.logit, o.logit, o.logit};
+    store_columns(out.means + first * 3, r.row, r.used, 3, 3, means, add);
+    store_columns(out.quats + first * 4, r.row, r.used, 4, 4, quats, add);
+    store_columns(out.log_scales + first * 3, r.row, r.used, 3, 3, scales, add);
+    store_columns(out.logit_opacities + first, r.row, r.used, 1, 1, logits, add);
     if (v_pose) {
       const Lanes pose[16] = {o.r.r0.x, o.r.r0.y, o.r.r0.z, o.t.x, o.r.r1.x, o.r.r1.y, o.r.r1.z, o.t.y, o.r.r2.x, o.r.r2.y, o.r.r2.z, o.t.z, o.fx, o.fy, o.cx, o.cy};
       for (int j = 0; j < 16; j++)

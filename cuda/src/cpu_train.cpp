@@ -14,7 +14,7 @@ namespace {
 
 constexpr int PAD = 3 * SSIM_RADIUS + 1, BAND = 16;   // zero columns beside a row of interleaved channels; rows of one task
 
-SK_FN real window(int j) { return (real)SSIM_WINDOW[j < 0 ? -j : j]; }
+SK_FN real window(int j) { return (real)ssim_window(j); }
 
 // out[i] = sum_j window(j) in[i + 3 j] over a padded row.
 SK_FN Lanes along_row(const real* in) {

@@ -18,6 +18,7 @@ from .types import OUTPUTS, RasterSettings, RasterStats, RenderOutput
 __all__ = ["OUTPUTS", "RasterSettings", "RasterStats", "RenderOutput", "backends", "render", "uplift"]
 
 
+@torch.compiler.assume_constant_result      # tracing must not look into files
 def _cpu_reason(dtype: torch.dtype = torch.float32) -> str | None:
     try:
         native.cpu_library(dtype)
@@ -56,6 +57,8 @@ def render(scene: Scene, cameras: Cameras, *, outputs: tuple[str, ...] = ("color
     """
     if isinstance(outputs, str) or not set(outputs) <= set(OUTPUTS):
         raise ValueError(f"outputs={outputs!r}; expected a tuple of {', '.join(OUTPUTS)}")
+    if len(cameras) == 0:
+        raise ValueError("no cameras: expected world_to_cam [C, 4, 4] with C >= 1")
     if cameras.dtype != scene.dtype:
         raise TypeError(f"cameras are {cameras.dtype} but the scene is {scene.dtype}; convert one with .to(dtype=...)")
     if cameras.device != scene.device:
@@ -74,6 +77,8 @@ def render(scene: Scene, cameras: Cameras, *, outputs: tuple[str, ...] = ("color
         raise ValueError(f"stats has {stats.grad_sum.shape[0]} rows but the scene {len(scene)}; make it with RasterStats.zeros(len(scene))")
     if not torch.compiler.is_compiling():
         cameras.check()
+        if "features" in outputs and not bool(torch.isfinite(scene.features.detach().sum())):   # the geometry is checked where it is read
+            scene.check_finite()
         if cameras.rows is not None and not bool(((cameras.rows >= 0) & (cameras.rows <= len(scene)) & (cameras.rows[:, :1] <= cameras.rows[:, 1:])).all()):
             raise ValueError(f"cameras.rows {cameras.rows.tolist()}; expected 0 <= first <= last <= {len(scene)}")
     draw = _pick(backend, scene)

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +16,7 @@ from ..camera import Cameras
 from ..scene import LOG_SCALE_MAX, LOG_SCALE_MIN, Scene, sh_basis
 from .types import RasterSettings, RasterStats, RenderOutput
 
-PIXELS_X_GAUSSIANS = 1 << 21    # of one chunk; about 15 values per pair live at once, in the backward too: 250 MB in float64
+PIXELS_X_GAUSSIANS = 1 << 20    # of one chunk; about 30 numbers per pair live at once, in the backward too
 DET_MAX_PX4 = 1e30              # a Gaussian larger than this on the screen is not drawn: float32 could not hold what follows
 
 
@@ -71,7 +71,9 @@ def draw_order(scene: Scene, camera: Cameras, settings: RasterSettings) -> tuple
     """
     key = depth_key(scene.means, camera.world_to_cam[0])
     near = torch.tensor(settings.near, dtype=torch.float32, device=scene.device)
-    drawn = (key >= near) & _in_row_range(len(scene), camera)       # a NaN is not >=
+    first, last = (0, len(scene)) if camera.rows is None else camera.rows[0].tolist()
+    row = torch.arange(len(scene), device=scene.device)
+    drawn = (key >= near) & (first <= row) & (row < last)           # a NaN is not >=
     radii = torch.where(drawn, radius_px(project(scene, camera, settings), camera, settings), 0)
     rows = radii.nonzero().squeeze(1)
     return rows[torch.sort(key[rows], stable=True).indices], radii
@@ -93,13 +95,9 @@ def radius_px(splats: Splats, camera: Cameras, settings: RasterSettings) -> Floa
     first = torch.ceil(splats.mean_px - half - 0.5).clamp(min=0)
     last = torch.minimum(torch.floor(splats.mean_px + half - 0.5), last_pixel)
     finite = torch.isfinite(torch.cat([splats.mean_px, splats.cov_px2, splats.inverse], dim=1)).all(dim=1)
-    drawn = finite & (splats.det_px4 > 0) & (splats.det_px4 < DET_MAX_PX4) & (splats.opacity >= settings.alpha_min) & (first <= last).all(dim=1)
+    solid = finite & (splats.det_px4 > 0) & (splats.det_px4 < DET_MAX_PX4)
+    drawn = solid & (splats.opacity >= settings.alpha_min) & (first <= last).all(dim=1)
     return torch.where(drawn, half.amax(dim=1), 0)
-
-
-def _in_row_range(n: int, camera: Cameras) -> Bool[Tensor, " N"]:
-    row = torch.arange(n, device=camera.device)
-    return torch.ones_like(row, dtype=torch.bool) if camera.rows is None else (camera.rows[0, 0] <= row) & (row < camera.rows[0, 1])
 
 
 # ---- Gaussians on the screen
@@ -118,7 +116,7 @@ class Splats:
 
 
 def project(scene: Scene, camera: Cameras, settings: RasterSettings) -> Splats:
-    """The perspective projection of every row, linearised at its centre (Zwicker et al. 2001). Rows that cannot be drawn come out as nonsense."""
+    """The perspective projection of every row, linearised at its centre (Zwicker et al. 2001). Rows behind the camera are nonsense."""
     rotation, translation = camera.world_to_cam[0, :3, :3], camera.world_to_cam[0, :3, 3]
     fx, fy, cx, cy = camera.K[0, 0, 0], camera.K[0, 1, 1], camera.K[0, 0, 2], camera.K[0, 1, 2]
     x, y, z = (scene.means @ rotation.T + translation).unbind(1)
@@ -157,7 +155,7 @@ def rotation_matrices(quats: Float[Tensor, "N 4"]) -> Float[Tensor, "N 3 3"]:
                         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], dim=1).reshape(-1, 3, 3)
 
 
-def _inside_view(slope: Float[Tensor, " N"], focal: Float[Tensor, ""], centre: Float[Tensor, ""], size: int, margin: float) -> Float[Tensor, " N"]:
+def _inside_view(slope: Float[Tensor, " N"], focal: Tensor, centre: Tensor, size: int, margin: float) -> Float[Tensor, " N"]:
     """x/z at which the Jacobian is taken: at most `margin` half views outside the picture, for it grows without bound there."""
     if math.isinf(margin):
         return slope                                                # an infinite limit would send 0 x inf to the focal length
@@ -185,11 +183,12 @@ def view_color(scene: Scene, camera: Cameras, degree: int) -> Float[Tensor, "N 3
 def blend(splats: Splats, values: Float[Tensor, "G D"], camera: Cameras, settings: RasterSettings,
           note) -> tuple[Float[Tensor, "H W D"], Float[Tensor, "H W"], Float[Tensor, "H W"]]:
     """Front to back over all pixels: sums of weight x value, the transmittance behind the last Gaussian, and the median depth."""
-    y, x = torch.meshgrid(*(torch.arange(s, dtype=splats.z.dtype, device=splats.z.device) + 0.5 for s in (camera.height, camera.width)), indexing="ij")
-    centres = torch.stack([x, y], dim=-1).reshape(-1, 2)
+    columns, rows = (torch.arange(s, dtype=splats.z.dtype, device=splats.z.device) + 0.5 for s in (camera.width, camera.height))
+    centres = torch.cartesian_prod(rows, columns).flip(1)
     chunks = centres.split(max(1, PIXELS_X_GAUSSIANS // max(1, len(splats.z))))
     # With a checkpoint the backward holds the pairs of one chunk at a time as well.
-    parts = [checkpoint(_blend_pixels, splats, values, pixels, settings, note, use_reentrant=False, preserve_rng_state=False) for pixels in chunks]
+    parts = [checkpoint(_blend_pixels, splats, values, pixels, settings, note, use_reentrant=False, preserve_rng_state=False)
+             for pixels in chunks]
     if note is not None:
         note.weights += sum(weights for *_, weights in parts)
     return tuple(torch.cat(part).reshape(camera.height, camera.width, *part[0].shape[1:]) for part in list(zip(*parts))[:3])
@@ -202,11 +201,12 @@ def _blend_pixels(splats: Splats, values: Float[Tensor, "G D"], pixels: Float[Te
     with torch.no_grad():
         live = torch.cumprod(1 - alpha, dim=1) >= settings.transmittance_min
     alpha = torch.where(live, alpha, 0)
-    transmittance = torch.cumprod(torch.cat([torch.ones_like(pixels[:, :1]), 1 - alpha], dim=1), dim=1)     # before each, and after the last
+    transmittance = torch.cumprod(torch.cat([torch.ones_like(pixels[:, :1]), 1 - alpha], dim=1), dim=1)     # before each; after the last
     weights = alpha * transmittance[:, :-1]
     n_before_median = (transmittance[:, 1:] > 0.5).sum(dim=1)
     z_or_zero = torch.cat([splats.z.detach(), splats.z.new_zeros(1)])
-    return weights @ values, transmittance[:, -1], z_or_zero[n_before_median], weights.detach().sum(dim=0)
+    left = transmittance[:, -1].clone()         # a view would keep all pairs of the chunk in memory
+    return weights @ values, left, z_or_zero[n_before_median], weights.detach().sum(dim=0)
 
 
 def _alpha(splats: Splats, pixels: Float[Tensor, "P 2"], settings: RasterSettings, note) -> Float[Tensor, "P G"]:
@@ -223,7 +223,7 @@ def _alpha(splats: Splats, pixels: Float[Tensor, "P 2"], settings: RasterSetting
 # ---- statistics of the backward
 
 
-class _BackwardNote:
+class _Note:
     """What RasterStats needs of one view: filled while the chunks are blended and while their backward runs."""
 
     def __init__(self, splats: Splats):
@@ -234,9 +234,9 @@ class _BackwardNote:
         self.abs_grad += grad.detach().abs().sum(dim=0)
 
 
-def _note_backward(splats: Splats, rows: Int[Tensor, " G"], radii: Float[Tensor, " N"], camera: Cameras, stats: RasterStats) -> _BackwardNote:
+def _note_backward(splats: Splats, rows: Int[Tensor, " G"], radii: Float[Tensor, " N"], camera: Cameras, stats: RasterStats) -> _Note:
     """Has the backward of this view add itself to `stats`, once the gradients of all pixels have arrived."""
-    note = _BackwardNote(splats)
+    note = _Note(splats)
 
     def add_view(grad: Float[Tensor, "G 2"]) -> None:
         by_row = lambda x: x.new_zeros(len(radii), *x.shape[1:]).index_copy(0, rows, x.detach())

@@ -4,7 +4,7 @@
 
 namespace sk {
 
-constexpr int sh_count(int degree) { return (degree + 1) * (degree + 1); }
+SK_FN constexpr int sh_count(int degree) { return (degree + 1) * (degree + 1); }
 
 // y[0 .. sh_count(degree)) at unit direction d.
 template <class T> SK_FN void sh_basis(int degree, Vec3<T> d, T* y) {

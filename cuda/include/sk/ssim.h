@@ -5,7 +5,10 @@
 namespace sk {
 
 constexpr int SSIM_RADIUS = 5;   // 11 x 11 Gaussian window of sigma 1.5; weights sum to 1
-constexpr double SSIM_WINDOW[SSIM_RADIUS + 1] = {0.26601172486179436, 0.21300553771125370, 0.10936068950970002, 0.03600077212843083, 0.00759875813523919, 0.00102838008447911};
+SK_FN constexpr double ssim_window(int offset) {
+  constexpr double weights[SSIM_RADIUS + 1] = {0.26601172486179436, 0.21300553771125370, 0.10936068950970002, 0.03600077212843083, 0.00759875813523919, 0.00102838008447911};
+  return weights[offset < 0 ? -offset : offset];
+}
 
 template <class T> struct Ssim {
   T value, by_mean, by_square, by_product;   // derivatives by E[x], E[x^2], E[x y], x being the picture that is optimised

@@ -1,0 +1,86 @@
+"""Compile guards: the shared arithmetic and the CPU core stay fit for the machines that this one is not (browser, NVIDIA GPU, ARM)."""
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+HEADERS = sorted((REPO / "cuda/include/sk").glob("*.h"))
+CORE = [f"cuda/src/{name}" for name in ("cpu_project.cpp", "cpu_blend.cpp", "cpu_blend_vjp.cpp")]
+BARE = ["-std=c++17", "-O2", "-fno-exceptions", "-fno-rtti", "-Icuda/include"]
+
+
+def tool(name: str) -> str:
+    """Where the program is; the test is skipped when it is absent."""
+    return shutil.which(name) or pytest.skip(f"{name} is not on PATH")
+
+
+def run(*command) -> None:
+    done = subprocess.run([str(word) for word in command], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr[-3000:]}"
+
+
+def wasm_sections(module: bytes) -> dict[int, bytes]:
+    """The sections of a WebAssembly module by id."""
+    def number(at):   # LEB128
+        value = shift = 0
+        while True:
+            value, shift, at = value | (module[at] & 127) << shift, shift + 7, at + 1
+            if module[at - 1] < 128:
+                return value, at
+
+    assert module[:8] == b"\0asm\1\0\0\0"
+    sections, at = {}, 8
+    while at < len(module):
+        size, start = number(at + 1)
+        sections[module[at]], at = module[start:start + size], start + size
+    return sections
+
+
+def test_the_core_compiles_to_wasm32_and_links_without_imports(tmp_path):
+    clang, linker = tool("clang++"), tool("wasm-ld")
+    objects = [tmp_path / f"{Path(source).stem}.o" for source in CORE]
+    for source, object_ in zip(CORE, objects):
+        run(clang, "--target=wasm32", "-msimd128", "-mbulk-memory", "-nostdlib", *BARE, "-c", source, "-o", object_)
+    run(linker, "--no-entry", "--export-all", *objects, "-o", tmp_path / "core.wasm")     # an undefined symbol is an error
+    IMPORTS, EXPORTS = 2, 7
+    sections = wasm_sections((tmp_path / "core.wasm").read_bytes())
+    assert IMPORTS not in sections, sections[IMPORTS]
+    for function in ("project_chunk", "project_vjp_chunk", "radix_sort", "blend_tile", "blend_tile_vjp", "tile_weights", "sum_weighted"):
+        assert function.encode() in sections[EXPORTS]
+
+
+@pytest.mark.parametrize("compiler", [["aarch64-linux-gnu-g++"], ["clang++", "--target=aarch64-linux-gnu", "-ffreestanding"]],
+                         ids=["g++", "clang++"])
+@pytest.mark.parametrize("real", ["float", "double"])
+def test_the_core_compiles_for_aarch64(tmp_path, compiler, real):
+    program, *target = compiler
+    for source in CORE:
+        run(tool(program), *target, *BARE, "-Werror", f"-DSK_REAL={real}", "-c", source, "-o", tmp_path / "core.o")
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_75"])
+def test_nvcc_compiles_a_kernel_that_touches_every_header(tmp_path, architecture):
+    run(tool("nvcc"), "-std=c++17", f"-arch={architecture}", "-Werror", "all-warnings", "-Icuda/include", "-Icuda/src",
+        "-c", "tests/every_header.cu", "-o", tmp_path / "every_header.o")
+
+
+def test_the_kernel_of_the_nvcc_guard_includes_every_header():
+    included = re.findall(r'#include "(sk/\w+\.h)"', (REPO / "tests/every_header.cu").read_text())
+    assert included == [f"sk/{header.name}" for header in HEADERS]
+
+
+@pytest.mark.parametrize("page", [*HEADERS, *(REPO / page for page in (*CORE, "cuda/src/cpu_core.h", "cuda/src/cpu_tile.h"))],
+                         ids=lambda page: page.name)
+def test_arithmetic_and_core_include_no_library(page):
+    conditions, allowed = [], {"stdint.h", "stddef.h"}
+    for line in page.read_text().splitlines():
+        if re.match(r"#\s*if", line):
+            conditions.append(line)
+        elif re.match(r"#\s*endif", line):
+            conditions.pop()
+        elif header := re.match(r"#\s*include\s*<(.+)>", line):
+            behind_a_guard = any("!defined(__CUDACC__) && defined(__SSE4_1__)" in c for c in conditions)
+            assert header[1] in allowed or header[1] == "immintrin.h" and behind_a_guard, f"{page.name}: {line}"

@@ -61,6 +61,13 @@ BlendArgs blend_args(int32_t width, int32_t height, int32_t channels, const doub
   return a;
 }
 
+// Zeros of a large output, by all threads: most of the time goes into its fresh pages.
+void clear(real* p, int64_t count) {
+  constexpr int64_t PART = 1 << 19;
+  expect_large(p, sizeof(real) * count);
+  parallel((count + PART - 1) / PART, [&](int64_t i, int) { memset(p + i * PART, 0, sizeof(real) * (count - i * PART < PART ? count - i * PART : PART)); });
+}
+
 template <class T> T* offset(T* p, int64_t n) { return p ? p + n : nullptr; }
 
 // Puts the visible rows, front to back, into the lists of the tiles that they reach: a counting sort by tile in slices, stable.
@@ -278,6 +285,7 @@ int32_t sk_blend(int64_t n, int32_t cameras, int32_t width, int32_t height, int3
     needed[0] = total;
     if (total > capacity) return SK_MORE;
     const int64_t pixels = (int64_t)width * height;
+    if (features_out) expect_large(features_out, sizeof(real) * pixels * channels * cameras);
     std::vector<BlendArgs> args;
     int64_t base = 0;
     for (int c = 0; c < cameras; c++) {
@@ -307,9 +315,9 @@ int32_t sk_blend(int64_t n, int32_t cameras, int32_t width, int32_t height, int3
 int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int64_t* tiles, const int64_t* counts, const real* features, const real* background, const int32_t* pairs, const int64_t* tile_offsets, const real* color, const real* alpha, const real* expected_depth, const real* features_out, const real* v_color, const real* v_alpha, const real* v_expected_depth, const real* v_features_out, real* v_splats, real* v_features, real* v_background, real* weight_sums, void*) {
   return guarded("sk_blend_vjp", [&] {
     const int64_t pixels = (int64_t)width * height;
-    if (v_features) memset(v_features, 0, sizeof(real) * n * channels);
+    if (v_features) clear(v_features, n * channels);
     PerWorker<VjpScratch> scratch;
-    Spares spare(channels), transposed((int64_t)channels * BLOCK_PIXELS);
+    Spares spare(channels);
     for (int c = 0; c < cameras; c++) {
       BlendVjpArgs a = {};
       BlendArgs& f = a.forward = blend_args(width, height, channels, settings, splats + c * n * SK_SPLAT, features);
@@ -349,7 +357,7 @@ int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, 
       auto tile = [&](int64_t t, int worker, WeightList* weights) {
         VjpScratch& s = scratch[worker];
         s.t.spare = spare[worker];
-        blend_tile_vjp(a, (int)t, pairs + offsets[t], offsets[t + 1] - offsets[t], s, weights, transposed[worker], v_background ? &tile_background[3 * t] : nullptr);
+        blend_tile_vjp(a, (int)t, pairs + offsets[t], offsets[t + 1] - offsets[t], s, weights, v_background ? &tile_background[3 * t] : nullptr);
       };
       if (a.v_features_out && v_features)
         in_bands(offsets, tile_count, channels, [&](int64_t t, int worker, WeightList& l) { tile(t, worker, &l); },

@@ -102,28 +102,40 @@ template <bool DEPTH, bool WEIGHTS> SK_FN bool blend_block(const BlendArgs& a, i
   return going;
 }
 
+// Sums of V registers of channels at P pixels, from channel c and pixel p0 on: P x V sums stay in registers over the whole list.
+template <int P, int V> SK_FN void add_feature_columns(const BlendArgs& a, const uint16_t* list, int n, const TileScratch& s, int c, int p0, real* const* out) {
+  Lanes sum[P][V];
+  for (int p = 0; p < P; p++)
+    for (int v = 0; v < V; v++) sum[p][v] = load(out[p0 + p] + c + v * W);
+  for (int i = 0; i < n; i++) {
+    const real *f = a.features + (int64_t)s.rows[list[i]] * a.channels + c, *w = s.weights + i * BLOCK_PIXELS + p0;
+    if (i + 4 < n)
+      for (int v = 0; v < V; v++) __builtin_prefetch(a.features + (int64_t)s.rows[list[i + 4]] * a.channels + c + v * W);
+    Lanes column[V];
+    for (int v = 0; v < V; v++) column[v] = load(f + v * W);
+    for (int p = 0; p < P; p++) {
+      const Lanes weight = splat(w[p]);
+      for (int v = 0; v < V; v++) sum[p][v] += column[v] * weight;
+    }
+  }
+  for (int p = 0; p < P; p++)
+    for (int v = 0; v < V; v++) store(out[p0 + p] + c + v * W, sum[p][v]);
+}
+
 // out[pixel][channel] += sum over the block's list of weight * feature: a small matrix product, channels in the lanes.
 void add_features(const BlendArgs& a, int b, const TileScratch& s, real* const* out) {
   const uint16_t* list = s.list[b];
   const int n = s.count[b];
-  constexpr int P = W >= 16 ? 16 : 8;   // pixels whose sums fit in registers
-  const int whole = a.channels / W * W;
-  for (int c = 0; c < whole; c += W)
-    for (int p0 = 0; p0 < BLOCK_PIXELS; p0 += P) {
-      Lanes sum[P];
-      for (int p = 0; p < P; p++) sum[p] = load(out[p0 + p] + c);
-      for (int i = 0; i < n; i++) {
-        const Lanes f = load(a.features + (int64_t)s.rows[list[i]] * a.channels + c);
-        const real* w = s.weights + i * BLOCK_PIXELS + p0;
-        for (int p = 0; p < P; p++) sum[p] += f * w[p];
-      }
-      for (int p = 0; p < P; p++) store(out[p0 + p] + c, sum[p]);
-    }
-  for (int i = 0; i < n; i++) {
-    const real* f = a.features + (int64_t)s.rows[list[i]] * a.channels;
-    const real* w = s.weights + i * BLOCK_PIXELS;
+  constexpr int P = W >= 16 ? 8 : 4, V = 3;   // 24 or 12 sums, as many as the registers hold
+  int c = 0;
+  for (; c + V * W <= a.channels; c += V * W)
+    for (int p0 = 0; p0 < BLOCK_PIXELS; p0 += P) add_feature_columns<P, V>(a, list, n, s, c, p0, out);
+  for (; c + W <= a.channels; c += W)
+    for (int p0 = 0; p0 < BLOCK_PIXELS; p0 += 8) add_feature_columns<8, 1>(a, list, n, s, c, p0, out);
+  for (int i = 0; i < n && c < a.channels; i++) {
+    const real *f = a.features + (int64_t)s.rows[list[i]] * a.channels, *w = s.weights + i * BLOCK_PIXELS;
     for (int p = 0; p < BLOCK_PIXELS; p++)
-      for (int c = whole; c < a.channels; c++) out[p][c] += f[c] * w[p];
+      for (int k = c; k < a.channels; k++) out[p][k] += f[k] * w[p];
   }
 }
 

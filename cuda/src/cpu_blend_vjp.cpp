@@ -85,39 +85,51 @@ SK_FN void start_vjp_tile(const BlendVjpArgs& a, int tile_x, int tile_y, VjpScra
       }
       if (a.v_features_out) {
         const real *v = a.v_features_out + at * f.channels, *out = f.features_out + at * f.channels;
-        real sum = 0;
-        for (int c = 0; c < f.channels; c++) sum += v[c] * out[c];
-        behind += sum;
+        Lanes sum = splat(0);
+        int c = 0;
+        for (; c + W <= f.channels; c += W) sum += load(v + c) * load(out + c);
+        real lanes[W];
+        store(lanes, sum);
+        for (; c < f.channels; c++) behind += v[c] * out[c];
+        for (int k = 0; k < W; k++) behind += lanes[k];
       }
       s.behind[i] = behind - left * v_alpha;
     }
 }
 
-// feature_dot[b][i][pixel] = feature of the i-th listed Gaussian . v_features at the pixel. transposed: [channels,16].
-void dot_features(const BlendArgs& a, int b, const real* const* v, real* transposed, VjpScratch& s) {
-  for (int p = 0; p < BLOCK_PIXELS; p++)
-    for (int c = 0; c < a.channels; c++) transposed[c * BLOCK_PIXELS + p] = v[p][c];
-  constexpr int R = BLOCK_PIXELS / W, G = W >= 16 ? 12 : W >= 8 ? 6 : 2;   // Gaussians whose sums fit in registers
-  const int n = s.t.count[b];
+// feature_dot[b][i][pixel] = feature of the i-th listed Gaussian . v_features at the pixel: G Gaussians by P pixels at a time, channels
+// in the lanes.
+void dot_features(const BlendArgs& a, int b, const real* const* v, VjpScratch& s) {
+  constexpr int G = 4, P = W >= 16 ? 4 : 2;
+  const int n = s.t.count[b], whole = a.channels / W * W;
   for (int i0 = 0; i0 < n; i0 += G) {
     const real* f[G];
     for (int g = 0; g < G; g++) f[g] = a.features + (int64_t)s.t.rows[s.t.list[b][i0 + g < n ? i0 + g : n - 1]] * a.channels;
-    Lanes sum[G][R];
-    for (int g = 0; g < G; g++)
-      for (int r = 0; r < R; r++) sum[g][r] = splat(0);
-    for (int c = 0; c < a.channels; c++) {
-      Lanes t[R];
-      for (int r = 0; r < R; r++) t[r] = load(transposed + c * BLOCK_PIXELS + r * W);
-      for (int g = 0; g < G; g++)
-        for (int r = 0; r < R; r++) sum[g][r] += t[r] * f[g][c];
+    for (int p0 = 0; p0 < BLOCK_PIXELS; p0 += P) {
+      Lanes sum[G * P];
+      for (int k = 0; k < G * P; k++) sum[k] = splat(0);
+      for (int c = 0; c < whole; c += W) {
+        Lanes column[P];
+        for (int p = 0; p < P; p++) column[p] = load(v[p0 + p] + c);
+        for (int g = 0; g < G; g++) {
+          const Lanes feature = load(f[g] + c);
+          for (int p = 0; p < P; p++) sum[g * P + p] += feature * column[p];
+        }
+      }
+      real dots[16];
+      add_lanes<G * P>(sum, dots);
+      for (int g = 0; g < G && i0 + g < n; g++)
+        for (int p = 0; p < P; p++) {
+          real dot = dots[g * P + p];
+          for (int c = whole; c < a.channels; c++) dot += f[g][c] * v[p0 + p][c];
+          s.feature_dot[b][i0 + g][p0 + p] = dot;
+        }
     }
-    for (int g = 0; g < G && i0 + g < n; g++)
-      for (int r = 0; r < R; r++) store(&s.feature_dot[b][i0 + g][r * W], sum[g][r]);
   }
 }
 
 // Before the geometry walk of a batch: per block, the weights (kept for the feature gradient) and the feature dot products.
-void features_of_batch(const BlendVjpArgs& a, int tile_x, int tile_y, uint32_t alive, const uint32_t* masks, int n, VjpScratch& s, WeightList* weights, real* transposed) {
+void features_of_batch(const BlendVjpArgs& a, int tile_x, int tile_y, uint32_t alive, const uint32_t* masks, int n, VjpScratch& s, WeightList* weights) {
   const BlendArgs& f = a.forward;
   for (int b = 0; b < TILE_BLOCKS; b++) s.t.count[b] = 0;
   for (int i = 0; i < n; i++)
@@ -149,7 +161,7 @@ void features_of_batch(const BlendVjpArgs& a, int tile_x, int tile_y, uint32_t a
     if (weights) keep_weights(b, s.t, *weights);
     real* v[BLOCK_PIXELS];
     block_rows(f, x, y, const_cast<real*>(a.v_features_out), f.channels, s.t.spare, v);
-    dot_features(f, b, v, transposed, s);
+    dot_features(f, b, v, s);
   }
 }
 
@@ -225,7 +237,7 @@ template <bool EXTRA> SK_FN uint32_t walk_gaussian(const BlendArgs& f, const rea
   return stopped;
 }
 
-template <bool EXTRA> void walk_vjp(const BlendVjpArgs& a, int tile, const int32_t* rows, int64_t n, VjpScratch& s, WeightList* weights, real* transposed, double* v_background) {
+template <bool EXTRA> void walk_vjp(const BlendVjpArgs& a, int tile, const int32_t* rows, int64_t n, VjpScratch& s, WeightList* weights, double* v_background) {
   constexpr int GROUPS = TILE_BLOCKS / W;
   const BlendArgs& f = a.forward;
   const bool features = a.v_features_out != nullptr;
@@ -247,7 +259,7 @@ template <bool EXTRA> void walk_vjp(const BlendVjpArgs& a, int tile, const int32
     const int batch = (int)(n - first < BATCH ? n - first : BATCH);
     load_batch(f, rows + first, n - first, batch, s.t);
     for (int i = 0; i < batch; i++) masks[i] = blocks_touched(s.t.g + i * SK_SPLAT, f.cut - CULL_SLACK, bx, by);
-    if (EXTRA && features) features_of_batch(a, tile_x, tile_y, alive, masks, batch, s, weights, transposed);
+    if (EXTRA && features) features_of_batch(a, tile_x, tile_y, alive, masks, batch, s, weights);
     int cursor[TILE_BLOCKS] = {};
     for (int i = 0; i < batch; i++) {
       real* record = record_of(s.t.rows[i]);
@@ -264,11 +276,11 @@ template <bool EXTRA> void walk_vjp(const BlendVjpArgs& a, int tile, const int32
 
 }  // namespace
 
-void blend_tile_vjp(const BlendVjpArgs& a, int tile, const int32_t* rows, int64_t n, VjpScratch& s, WeightList* weights, real* transposed, double* v_background) {
+void blend_tile_vjp(const BlendVjpArgs& a, int tile, const int32_t* rows, int64_t n, VjpScratch& s, WeightList* weights, double* v_background) {
   if (a.v_features_out || a.v_expected_depth || a.stats)
-    walk_vjp<true>(a, tile, rows, n, s, weights, transposed, v_background);
+    walk_vjp<true>(a, tile, rows, n, s, weights, v_background);
   else
-    walk_vjp<false>(a, tile, rows, n, s, weights, transposed, v_background);
+    walk_vjp<false>(a, tile, rows, n, s, weights, v_background);
 }
 
 void sum_weighted(const BlendArgs& a, int tile, const WeightList& list, const real* map, int first, int last, real* sums) {

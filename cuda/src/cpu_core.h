@@ -96,8 +96,7 @@ struct VjpScratch {
 };
 
 // Pair records of one tile, and background [3] += gradient by the background. weights may be null when there are no features.
-// transposed: [channels,BLOCK_PIXELS] scratch, only with features.
-void blend_tile_vjp(const BlendVjpArgs& a, int tile, const int32_t* rows, int64_t n, VjpScratch& s, WeightList* weights, real* transposed, double* v_background);
+void blend_tile_vjp(const BlendVjpArgs& a, int tile, const int32_t* rows, int64_t n, VjpScratch& s, WeightList* weights, double* v_background);
 
 // Weights of one tile without gradients (uplift).
 void tile_weights(const BlendArgs& a, int tile, const int32_t* rows, int64_t n, TileScratch& s, WeightList& weights);

@@ -12,6 +12,17 @@
 
 namespace sk {
 
+// Says that `bytes` at p will be written soon: with huge pages 512 times fewer faults. A hint; only whole pages inside are named.
+inline void expect_large(void* p, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr size_t HUGE_PAGE = 2u << 20;
+  const size_t first = ((size_t)p + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, last = ((size_t)p + bytes) / HUGE_PAGE * HUGE_PAGE;
+  if (p && last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#else
+  (void)p, (void)bytes;
+#endif
+}
+
 // Blocks that calls have finished with, kept for the next one: a fresh page costs up to 3 us, 20 MB of them more than the blending.
 struct Cache {
   static constexpr size_t LIMIT = 256u << 20;
@@ -48,9 +59,7 @@ struct Cache {
     bytes = (bytes + align - 1) / align * align;
     void* p = aligned_alloc(align, bytes);
     if (!p) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    if (align == huge) madvise(p, bytes, MADV_HUGEPAGE);
-#endif
+    expect_large(p, bytes);
     return p;
   }
   void give(void* data, size_t bytes) {

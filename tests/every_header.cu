@@ -37,7 +37,7 @@ static __global__ void project_one(View<float> view, const float* in, float* out
 
 static __global__ void blend_one(Gaussian2D<float> g, float cut, float* out) {
   const float x = (float)threadIdx.x + 0.5f, y = (float)threadIdx.y + 0.5f;
-  if (peak_in_block(g, -g.b / (2 * g.a), -g.b / (2 * g.c), 0.5f, 15.5f, 0.5f, 15.5f) < cut) return;
+  if (peak_in_block(g, ridges(g), 0.5f, 15.5f, 0.5f, 15.5f) < cut) return;
   const AlphaAt<float> a = alpha_at(g, x - g.x, y - g.y, cut, 0.99f);
   Ray<float> ray = {1, 1};
   bool going;

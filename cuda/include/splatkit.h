@@ -25,9 +25,11 @@ enum { SK_OK = 0, SK_MORE = 1, SK_ERROR = 2 };
 // `settings` is an array of SK_SETTINGS doubles in this order (splatkit.raster.RasterSettings has their meaning and defaults).
 enum { SK_NEAR = 0, SK_BLUR_PX2 = 1, SK_ANTIALIAS = 2, SK_ALPHA_MIN = 3, SK_ALPHA_MAX = 4, SK_TRANSMITTANCE_MIN = 5, SK_FOV_MARGIN = 6, SK_SETTINGS = 7 };
 
-// One projected Gaussian is SK_SPLAT reals. log2 alpha(x, y) = LOGO + A dx^2 + B dx dy + C dy^2 with dx = x - X, dy = y - Y in pixels.
+// One projected Gaussian is SK_SPLAT reals. log2 alpha(x, y) = LOGO - (A dx + B dy)^2 - (C dy)^2 with dx = x - X, dy = y - Y in pixels:
+// squares do not cancel, as the three terms of the conic do for thin Gaussians.
 // RX, RY are the half sides of the smallest axis-parallel box outside of which alpha < alpha_min.
-// A gradient record uses the same places; there RX, RY hold the sums over pixels of |d loss / d X|, |d loss / d Y|.
+// A gradient record has the derivative by the coefficients of dx^2, dx dy and dy^2 at A, B, C; RX, RY hold the sums over pixels of
+// |d loss / d X|, |d loss / d Y|; the other places match.
 enum { SK_X = 0, SK_Y = 1, SK_A = 2, SK_B = 3, SK_C = 4, SK_LOGO = 5, SK_R = 6, SK_G = 7, SK_BLUE = 8, SK_Z = 9, SK_RX = 10, SK_RY = 11, SK_SPLAT = 12 };
 
 // Pictures are cut into tiles of SK_TILE x SK_TILE pixels, row by row; a pair is one (Gaussian, tile) incidence.

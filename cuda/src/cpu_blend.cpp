@@ -19,12 +19,12 @@ SK_FN void list_blocks(const BlendArgs& a, int tile_x, int tile_y, int n, uint32
     load_columns(s.g + SK_C, row, SK_SPLAT, 4, p + 4);
     static_assert(SK_X == 0 && SK_B == 3 && SK_C == 4 && SK_LOGO == 5, "columns in this order");
     const Gaussian2D<Lanes> g = {p[0], p[1], p[2], p[3], p[4], p[5]};
-    const Lanes ba = g.b / ((real)-2 * g.a), bc = g.b / ((real)-2 * g.c);
+    const Ridges<Lanes> ridge = ridges(g);
     const uint32_t used = n - at >= W ? ~0u : (1u << (n - at)) - 1;
     for (uint32_t left = alive; left; left &= left - 1) {
       const int b = __builtin_ctz(left);
       const real x0 = (real)(tile_x + BLOCK * (b & 3)) + (real)0.5, y0 = (real)(tile_y + BLOCK * (b >> 2)) + (real)0.5;
-      const Lanes peak = peak_in_block(g, ba, bc, splat(x0), splat(x0 + (BLOCK - 1)), splat(y0), splat(y0 + (BLOCK - 1)));
+      const Lanes peak = peak_in_block(g, ridge, splat(x0), splat(x0 + (BLOCK - 1)), splat(y0), splat(y0 + (BLOCK - 1)));
       uint32_t m = bits(at_least(peak, cut)) & used;
       uint16_t* list = s.list[b] + s.count[b];
 #if defined(__AVX512F__)

@@ -47,10 +47,11 @@ template <int count> SK_FN void add_lanes(const Lanes* v, real* out) {
 // Which blocks of the tile the Gaussian may touch: lanes are blocks.
 SK_FN uint32_t blocks_touched(const real* p, real cut, const Lanes (&x0)[TILE_BLOCKS / (W < 16 ? W : 16)], const Lanes (&y0)[TILE_BLOCKS / (W < 16 ? W : 16)]) {
   const Gaussian2D<Lanes> g = {splat(p[SK_X]), splat(p[SK_Y]), splat(p[SK_A]), splat(p[SK_B]), splat(p[SK_C]), splat(p[SK_LOGO])};
-  const Lanes ba = splat(p[SK_B] / ((real)-2 * p[SK_A])), bc = splat(p[SK_B] / ((real)-2 * p[SK_C]));
+  const Ridges<real> one = ridges(Gaussian2D<real>{p[SK_X], p[SK_Y], p[SK_A], p[SK_B], p[SK_C], p[SK_LOGO]});
+  const Ridges<Lanes> ridge = {splat(one.x_per_y), splat(one.y_per_x)};
   uint32_t out = 0;
   for (int k = 0; k < TILE_BLOCKS / W; k++) {
-    const Lanes peak = peak_in_block(g, ba, bc, x0[k], x0[k] + (real)(BLOCK - 1), y0[k], y0[k] + (real)(BLOCK - 1));
+    const Lanes peak = peak_in_block(g, ridge, x0[k], x0[k] + (real)(BLOCK - 1), y0[k], y0[k] + (real)(BLOCK - 1));
     out |= bits(at_least(peak, splat(cut))) << (k * W);
   }
   return out;
@@ -190,6 +191,8 @@ template <bool EXTRA> SK_FN uint32_t walk_gaussian(const BlendArgs& f, const rea
   }
   Lanes m[EXTRA ? MOMENTS_STATS : MOMENTS];
   for (int j = 0; j < (EXTRA ? MOMENTS_STATS : MOMENTS); j++) m[j] = zero;
+  Lanes xx, xy, yy;
+  conic_of(g.a, g.b, g.c, xx, xy, yy);
   uint32_t stopped = 0;
   n = 0;
   for (uint32_t left = blocks; left; left &= left - 1, n++) {
@@ -225,8 +228,8 @@ template <bool EXTRA> SK_FN uint32_t walk_gaussian(const BlendArgs& f, const rea
       m[7] += w * vg;
       m[8] += w * vb;
       if (EXTRA) {
-        m[10] += abs((g.a + g.a) * hx + g.b * hy);
-        m[11] += abs(g.b * hx + (g.c + g.c) * hy);
+        m[10] += abs((xx + xx) * hx + xy * hy);
+        m[11] += abs(xy * hx + (yy + yy) * hy);
         m[12] += w;
       }
     }
@@ -350,9 +353,11 @@ void reduce_pairs(const real* splat, const real* records, int64_t n, bool full, 
   real m[PAIR_RECORD];
   for (int j = 0; j < PAIR_RECORD / W; j++) store(m + j * W, sum[j]);
   // h is by the natural exponent; log2 alpha = exponent / ln 2, so coefficients of log2 alpha get h ln 2.
-  const real ln2 = (real)LN2, a = splat[SK_A] * ln2, b = splat[SK_B] * ln2, c = splat[SK_C] * ln2;
-  v[SK_X] = -(2 * a * m[1] + b * m[2]);
-  v[SK_Y] = -(b * m[1] + 2 * c * m[2]);
+  const real ln2 = (real)LN2;
+  real a, b, c;
+  conic_of(splat[SK_A], splat[SK_B], splat[SK_C], a, b, c);
+  v[SK_X] = -ln2 * (2 * a * m[1] + b * m[2]);
+  v[SK_Y] = -ln2 * (b * m[1] + 2 * c * m[2]);
   v[SK_A] = ln2 * m[3];
   v[SK_B] = ln2 * m[4];
   v[SK_C] = ln2 * m[5];

@@ -4,10 +4,22 @@
 
 namespace sk {
 
-// One projected Gaussian as the pixel loops read it: log2 alpha = logo + a dx^2 + b dx dy + c dy^2.
+// One projected Gaussian as the pixel loops read it: log2 alpha = logo - (a dx + b dy)^2 - (c dy)^2.
 template <class T> struct Gaussian2D {
   T x, y, a, b, c, logo;
 };
+
+template <class T> SK_FN T exponent_at(const Gaussian2D<T>& g, T dx, T dy) {
+  const T u = g.a * dx + g.b * dy, v = g.c * dy;
+  return g.logo - u * u - v * v;
+}
+
+// Its coefficients of dx^2, dx dy and dy^2.
+template <class T> SK_FN void conic_of(T a, T b, T c, T& xx, T& xy, T& yy) {
+  xx = -a * a;
+  xy = (Scalar<T>)-2 * a * b;
+  yy = -(b * b + c * c);
+}
 
 template <class T> struct AlphaAt {
   T alpha;                // 0 where the Gaussian does not touch the pixel
@@ -17,7 +29,7 @@ template <class T> struct AlphaAt {
 // dx, dy: pixel centre minus the Gaussian's place.
 template <class T> SK_FN AlphaAt<T> alpha_at(const Gaussian2D<T>& g, T dx, T dy, T cut, T alpha_max) {
   AlphaAt<T> o;
-  const T e = dx * (g.a * dx + g.b * dy) + (g.c * dy * dy + g.logo);
+  const T e = exponent_at(g, dx, dy);
   const auto touched = at_least(e, cut);
   const T raw = exp2_in_range(e);
   o.alpha = where(touched, min(raw, alpha_max), splat_of<T>(0));
@@ -48,16 +60,18 @@ template <class T> SK_FN T dimming(T alpha) { return alpha * reciprocal(splat_of
 // behind it and the background contribute.
 template <class T> SK_FN T exponent_vjp(T weighted, T dimming, T behind) { return weighted - dimming * behind; }
 
+// Where the quadratic form peaks along a line: x = x_per_y dy on a horizontal one, y = y_per_x dx on a vertical one.
+template <class T> struct Ridges {
+  T x_per_y, y_per_x;
+};
+template <class T> SK_FN Ridges<T> ridges(const Gaussian2D<T>& g) { return {-g.b / g.a, -g.a * g.b / (g.b * g.b + g.c * g.c)}; }
+
 // Upper bound of log2 alpha over the pixel centres x0..x1, y0..y1: exact maximum of the quadratic form over that rectangle.
-// bc = -b / (2 c), ba = -b / (2 a): where a line through the rectangle peaks.
-template <class T> SK_FN T peak_in_block(const Gaussian2D<T>& g, T ba, T bc, T x0, T x1, T y0, T y1) {
+template <class T> SK_FN T peak_in_block(const Gaussian2D<T>& g, const Ridges<T>& r, T x0, T x1, T y0, T y1) {
   const T lx = x0 - g.x, hx = x1 - g.x, ly = y0 - g.y, hy = y1 - g.y, zero = splat_of<T>(0);
   // The maximum lies at the centre or on the vertical or horizontal side that faces it.
   const T dx = clamp(zero, lx, hx), dy = clamp(zero, ly, hy);
-  const T y_at = clamp(bc * dx, ly, hy), x_at = clamp(ba * dy, lx, hx);
-  const T on_vertical = dx * (g.a * dx + g.b * y_at) + g.c * y_at * y_at;
-  const T on_horizontal = x_at * (g.a * x_at + g.b * dy) + g.c * dy * dy;
-  return g.logo + max(on_vertical, on_horizontal);
+  return max(exponent_at(g, dx, clamp(r.y_per_x * dx, ly, hy)), exponent_at(g, clamp(r.x_per_y * dy, lx, hx), dy));
 }
 
 }  // namespace sk

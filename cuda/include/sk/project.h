@@ -23,7 +23,7 @@ SK_FN float depth_key(const float key[4], float x, float y, float z) {
   return rounded_sum(rounded_sum(rounded_sum(rounded_product(key[0], x), rounded_product(key[1], y)), rounded_product(key[2], z)), key[3]);
 }
 
-// The bits of log2 alpha = logo + a dx^2 + b dx dy + c dy^2, the Gaussian's place on the screen and its depth.
+// The parts of log2 alpha = logo - (a dx + b dy)^2 - (c dy)^2, the Gaussian's place on the screen and its depth.
 template <class T> struct Splatted {
   T x, y, a, b, c, logo, z, rx, ry;
   Mask<T> drawn;
@@ -98,16 +98,17 @@ template <class T> SK_FN Splatted<T> project(const View<Scalar<T>>& w, const Gau
   const Projection<T> o = project_geometry(w, g);
   Splatted<T> s;
   const T inv_det = splat_of<T>(1) / o.det;
-  const S half = (S)(-0.5 * LOG2E);
-  s.a = half * o.c_blur * inv_det;
-  s.b = (S)LOG2E * o.b * inv_det;
-  s.c = half * o.a_blur * inv_det;
+  // Cholesky factors of the inverse covariance times log2(e) / 2.
+  const S half = (S)(0.5 * LOG2E);
+  s.a = sqrt(half * o.c_blur * inv_det);
+  s.b = -half * o.b * inv_det / s.a;
+  s.c = sqrt(half / o.c_blur);
   s.x = w.fx * o.u_raw + w.cx;
   s.y = w.fy * o.v_raw + w.cy;
   s.z = o.t.z;
   s.logo = log2_sigmoid(g.logit);
   const T zero = splat_of<T>(0), huge = splat_of<T>(1e30);
-  auto drawn = both(less(zero, o.det), both(less(o.det, huge), both(less(-huge, s.a), less(-huge, s.c))));
+  auto drawn = both(less(zero, o.det), both(less(o.det, huge), both(less(zero, s.a), both(less(s.a, huge), less(s.c, huge)))));
   if (w.antialias) {
     const T ratio = max(o.det0 * inv_det, splat_of<T>(1e-37));
     s.logo = s.logo + (S)0.5 * log2(ratio);
@@ -130,7 +131,7 @@ template <class T> SK_FN Splatted<T> project(const View<Scalar<T>>& w, const Gau
   return s;
 }
 
-// Gradients by everything that project() read. v_x ... v_logo as in Splatted; v_z is by the camera depth.
+// Gradients by everything that project() read. v_a, v_b, v_c are by the coefficients of dx^2, dx dy, dy^2; v_z is by the camera depth.
 template <class T> struct GaussianVjp {
   Vec3<T> mean, log_scale;
   Quat<T> quat;

@@ -32,6 +32,27 @@ def cpu_library():
         pytest.skip(str(why))
 
 
+@pytest.fixture(params=["float32", "float64"], ids=["float", "double"])
+def native_dtype(request):
+    """Each dtype that has a native library here."""
+    import torch
+
+    from splatkit import BackendUnavailable, native
+    dtype = getattr(torch, request.param)
+    try:
+        native.cpu_library(dtype)
+    except BackendUnavailable as why:
+        pytest.skip(str(why))
+    return dtype
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """Everything that may use the native library takes its torch path."""
+    from splatkit import native
+    monkeypatch.setattr(native, "library_for", lambda x: None)
+
+
 def pytest_collection_modifyitems(items):
     import torch
     if not torch.cuda.is_available():

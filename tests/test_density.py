@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from splatkit import density, native, optim
-from splatkit.errors import BackendUnavailable
+from splatkit import density, optim
 from splatkit.scene import Scene
 
 
@@ -24,22 +23,6 @@ def seeded(seed=0):
 
 def column(value, dtype=torch.float64):
     return torch.tensor([value], dtype=dtype)
-
-
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float", "double"])
-def native_dtype(request):
-    try:
-        library = native.cpu_library(request.param)
-        if not (hasattr(library, "sk_relocate") and hasattr(library, "sk_mcmc_noise")):
-            pytest.skip("the native library has no sk_relocate and sk_mcmc_noise yet")
-    except BackendUnavailable as why:
-        pytest.skip(str(why))
-    return request.param
-
-
-@pytest.fixture
-def without_native(monkeypatch):
-    monkeypatch.setattr(native, "library_for", lambda x: None)
 
 
 # ---- the formulas

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from splatkit import metrics, native
-from splatkit.errors import BackendUnavailable
 
 SIZES = [(1, 1), (1, 7), (5, 3), (10, 12), (11, 11), (33, 47)]     # height, width; most are below the 11x11 window
 
@@ -21,21 +20,6 @@ def pictures(height, width, dtype=torch.float64, seed=0):
 
 def some_mask(height, width):
     return torch.rand(height, width, generator=torch.Generator().manual_seed(5)) > 0.4
-
-
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float", "double"])
-def native_dtype(request):
-    try:
-        if not hasattr(native.cpu_library(request.param), "sk_l1_ssim"):
-            pytest.skip("the native library has no sk_l1_ssim yet")
-    except BackendUnavailable as why:
-        pytest.skip(str(why))
-    return request.param
-
-
-@pytest.fixture
-def without_native(monkeypatch):
-    monkeypatch.setattr(native, "library_for", lambda x: None)
 
 
 def test_psnr_of_a_uniform_error_of_a_tenth_is_20_db():

@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from splatkit import native, optim
-from splatkit.errors import BackendUnavailable
 from splatkit.scene import Edit, Scene
 
 RATES = {"means": 1e-3, "quats": 2e-3, "log_scales": 5e-3, "logit_opacities": 0.05, "sh": optim.sh_learning_rates(4, 2.5e-3, 2.5e-3 / 20)}
@@ -22,16 +21,6 @@ def some_grads(scene, seed):
 
 def bits(scene):
     return {name: x.clone() for name, x in scene.fields().items()}
-
-
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float", "double"])
-def native_dtype(request):
-    try:
-        if not hasattr(native.cpu_library(request.param), "sk_adam"):
-            pytest.skip("the native library has no sk_adam yet")
-    except BackendUnavailable as why:
-        pytest.skip(str(why))
-    return request.param
 
 
 @pytest.fixture(params=["native if present", "torch"])

@@ -17,7 +17,6 @@ View<real> make_view(const real* m, const real* K, int width, int height, const 
   v.cy = K[5];
   v.width = (real)width;
   v.height = (real)height;
-  v.near = (real)settings[SK_NEAR];
   v.near_key = (float)settings[SK_NEAR];
   v.blur_px2 = (real)settings[SK_BLUR_PX2];
   v.fov_margin = (real)(settings[SK_FOV_MARGIN] < 1e18 ? settings[SK_FOV_MARGIN] : 1e18);   // infinity times a zero offset would be NaN

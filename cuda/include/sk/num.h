@@ -33,7 +33,6 @@ SK_FN bool less(double a, double b) { return a < b; }
 SK_FN bool at_least(float a, float b) { return a >= b; }
 SK_FN bool at_least(double a, double b) { return a >= b; }
 SK_FN bool both(bool a, bool b) { return a && b; }
-SK_FN bool either(bool a, bool b) { return a || b; }
 SK_FN bool any(bool a) { return a; }
 SK_FN uint32_t bits(bool a) { return a; }
 SK_FN float where(bool m, float a, float b) { return m ? a : b; }
@@ -103,7 +102,6 @@ typedef __mmask16 LaneMask;   // g++ turns compares of vector_size types into sl
 SK_FN LaneMask less(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 SK_FN LaneMask at_least(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 SK_FN LaneMask both(LaneMask a, LaneMask b) { return a & b; }
-SK_FN LaneMask either(LaneMask a, LaneMask b) { return a | b; }
 SK_FN bool any(LaneMask m) { return m != 0; }
 SK_FN uint32_t bits(LaneMask m) { return m; }
 SK_FN Lanes where(LaneMask m, Lanes a, Lanes b) { return _mm512_mask_blend_ps(m, b, a); }
@@ -118,7 +116,6 @@ typedef IntLanes LaneMask;
 SK_FN LaneMask less(Lanes a, Lanes b) { return (LaneMask)_mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 SK_FN LaneMask at_least(Lanes a, Lanes b) { return (LaneMask)_mm256_cmp_ps(a, b, _CMP_GE_OQ); }
 SK_FN LaneMask both(LaneMask a, LaneMask b) { return a & b; }
-SK_FN LaneMask either(LaneMask a, LaneMask b) { return a | b; }
 SK_FN uint32_t bits(LaneMask m) { return (uint32_t)_mm256_movemask_ps((__m256)m); }
 SK_FN bool any(LaneMask m) { return !_mm256_testz_ps((__m256)m, (__m256)m); }
 SK_FN Lanes where(LaneMask m, Lanes a, Lanes b) { return _mm256_blendv_ps(b, a, (__m256)m); }
@@ -132,7 +129,6 @@ typedef IntLanes LaneMask;
 SK_FN LaneMask less(Lanes a, Lanes b) { return a < b; }
 SK_FN LaneMask at_least(Lanes a, Lanes b) { return a >= b; }
 SK_FN LaneMask both(LaneMask a, LaneMask b) { return a & b; }
-SK_FN LaneMask either(LaneMask a, LaneMask b) { return a | b; }
 SK_FN uint32_t bits(LaneMask m) {
   uint32_t out = 0;
   for (int i = 0; i < W; i++) out |= (uint32_t)(m[i] != 0) << i;

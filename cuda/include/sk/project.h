@@ -9,7 +9,7 @@ template <class S> struct View {
   S r[9], t[3];                       // world_to_cam: rotation rows, translation
   float key[4];                       // its third row in float32, for depth_key
   S fx, fy, cx, cy, width, height;
-  S near, blur_px2, fov_margin, cut;  // cut = log2 alpha_min, at least exponent_min
+  S blur_px2, fov_margin, cut;  // cut = log2 alpha_min, at least exponent_min
   float near_key;
   bool antialias, unbounded;          // unbounded: alpha_min is 0, every Gaussian reaches every pixel
   S centre[3];                        // of the camera in the world: -R^T t

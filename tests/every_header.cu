@@ -2,9 +2,11 @@
 // test_guards.py compiles it; nothing runs it.
 #include "sk/adam.h"
 #include "sk/blend.h"
+#include "sk/lanes.h"
 #include "sk/mcmc.h"
 #include "sk/num.h"
 #include "sk/project.h"
+#include "sk/scalar.h"
 #include "sk/sh.h"
 #include "sk/ssim.h"
 #include "sk/vec.h"
@@ -37,12 +39,11 @@ static __global__ void project_one(View<float> view, const float* in, float* out
 
 static __global__ void blend_one(Gaussian2D<float> g, float cut, float* out) {
   const float x = (float)threadIdx.x + 0.5f, y = (float)threadIdx.y + 0.5f;
-  if (peak_in_block(g, ridges(g), 0.5f, 15.5f, 0.5f, 15.5f) < cut) return;
+  const Column<float> column = column_of(g, y_per_x_of(g), 0.5f - g.x, 15.5f - g.x);
+  if (peak_in(g, column, row_of(g, 0.5f - g.y, 15.5f - g.y)) < cut) return;
   const AlphaAt<float> a = alpha_at(g, x - g.x, y - g.y, cut, 0.99f);
-  Ray<float> ray = {1, 1};
-  bool going;
-  const float weight = blend_step(ray, a.alpha, 1e-4f, going);
-  out[threadIdx.y * SK_TILE + threadIdx.x] = a.free && going ? exponent_vjp(weight, dimming(a.alpha), ray.left) : ray.running;
+  const Step<float> step = blend_step(1.0f, a.alpha, 1e-4f);
+  out[threadIdx.y * SK_TILE + threadIdx.x] = a.free && step.going ? exponent_vjp(step.weight, dimming(a.alpha), step.left) : 1;
 }
 
 static __global__ void train_one(float* p, const float* in, int copies) {

@@ -85,6 +85,7 @@ void bin(const BlendArgs& a, const int32_t* order, const int64_t* reached, int64
     int32_t* count = next.data + s * tiles;
     memset(count, 0, sizeof(int32_t) * tiles);
     for (int64_t i = visible * s / slices; i < visible * (s + 1) / slices; i++) {
+      if (i + 16 < visible) __builtin_prefetch(reached + order[i + 16]);
       spans[i] = reached[order[i]];
       for_tiles(spans[i], [&](int32_t t) { count[t]++; });
     }
@@ -341,18 +342,22 @@ int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, 
         int64_t at = 0;
         for (int64_t row = g * GROUP; row < n && row < (g + 1) * GROUP; row++) {
           const TileSpan t = unpacked(tiles[c * n + row]);
-          slots[row] = {at - (int64_t)t.y0 * (t.x1 - t.x0) - t.x0, t.x1 - t.x0, t.count()};
+          slots[row] = {(int32_t)at - t.y0 * (t.x1 - t.x0) - t.x0, t.x1 - t.x0};
           at += t.count();
         }
         start[g + 1] = at;
       });
       for (int64_t g = 0; g < groups; g++) start[g + 1] += start[g];
       parallel(groups, [&](int64_t g, int) {
-        for (int64_t row = g * GROUP; row < n && row < (g + 1) * GROUP; row++) slots[row].first += start[g];
+        for (int64_t row = g * GROUP; row < n && row < (g + 1) * GROUP; row++) slots[row].first += (int32_t)start[g];
       });
-      Buffer<real> records(counts[3 * c + 1] * PAIR_RECORD);
+      const int64_t pair_count = counts[3 * c + 1];
+      Buffer<real> records(pair_count * PAIR_RECORD);
+      Buffer<uint8_t> written(pair_count);
+      memset(written.data, 0, pair_count);
       a.slots = slots.data;
       a.records = records.data;
+      a.written = written.data;
       std::vector<double> tile_background(v_background ? 3 * tile_count : 0, 0.0);
       auto tile = [&](int64_t t, int worker, WeightList* weights) {
         VjpScratch& s = scratch[worker];
@@ -368,9 +373,9 @@ int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, 
         int64_t at = start[g];
         for (int64_t row = g * GROUP; row < n && row < (g + 1) * GROUP; row++) {
           real *v = v_splats + (c * n + row) * SK_SPLAT, *w = weight_sums ? weight_sums + c * n + row : nullptr;
-          if (slots[row].count) {
-            reduce_pairs(f.splats + row * SK_SPLAT, records.data + at * PAIR_RECORD, slots[row].count, a.stats, v, w);
-            at += slots[row].count;
+          if (const int32_t count = unpacked(tiles[c * n + row]).count()) {
+            reduce_pairs(f.splats + row * SK_SPLAT, records.data + at * PAIR_RECORD, written.data + at, count, a.stats, v, w);
+            at += count;
           } else {
             memset(v, 0, sizeof(real) * SK_SPLAT);
             if (w) *w = 0;

@@ -10,26 +10,17 @@ namespace {
 // Lists, per block, the Gaussians of the batch that may touch it (in order).
 SK_FN void list_blocks(const BlendArgs& a, int tile_x, int tile_y, int n, uint32_t alive, TileScratch& s) {
   for (int b = 0; b < TILE_BLOCKS; b++) s.count[b] = 0;
-  const Lanes cut = splat(a.cut - CULL_SLACK);
   for (int at = 0; at < n; at += W) {
-    int32_t row[W];   // rows behind the last repeat it; their bits are dropped below
-    for (int i = 0; i < W; i++) row[i] = at + i;
-    Lanes p[8];
-    load_columns(s.g + SK_X, row, SK_SPLAT, 4, p);
-    load_columns(s.g + SK_C, row, SK_SPLAT, 4, p + 4);
-    static_assert(SK_X == 0 && SK_B == 3 && SK_C == 4 && SK_LOGO == 5, "columns in this order");
-    const Gaussian2D<Lanes> g = {p[0], p[1], p[2], p[3], p[4], p[5]};
-    const Ridges<Lanes> ridge = ridges(g);
+    LaneMask touched[TILE_BLOCKS];
+    touching(a, tile_x, tile_y, at, alive, s, touched);
     const uint32_t used = n - at >= W ? ~0u : (1u << (n - at)) - 1;
     for (uint32_t left = alive; left; left &= left - 1) {
       const int b = __builtin_ctz(left);
-      const real x0 = (real)(tile_x + BLOCK * (b & 3)) + (real)0.5, y0 = (real)(tile_y + BLOCK * (b >> 2)) + (real)0.5;
-      const Lanes peak = peak_in_block(g, ridge, splat(x0), splat(x0 + (BLOCK - 1)), splat(y0), splat(y0 + (BLOCK - 1)));
-      uint32_t m = bits(at_least(peak, cut)) & used;
+      uint32_t m = bits(touched[b]) & used;
       uint16_t* list = s.list[b] + s.count[b];
 #if defined(__AVX512F__)
-      const __m512i packed = _mm512_maskz_compress_epi32((__mmask16)m, _mm512_loadu_si512(row));
-      _mm256_storeu_si256((__m256i*)list, _mm512_cvtepi32_epi16(packed));
+      const __m512i row = _mm512_add_epi32(_mm512_load_si512(COUNTING), _mm512_set1_epi32(at));
+      _mm256_storeu_si256((__m256i*)list, _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32((__mmask16)m, row)));
       s.count[b] += __builtin_popcount(m);
 #else
       int k = 0;
@@ -41,102 +32,49 @@ SK_FN void list_blocks(const BlendArgs& a, int tile_x, int tile_y, int n, uint32
 }
 
 // One block over its list. Returns whether any of its pixels is still going.
-template <bool DEPTH, bool WEIGHTS> SK_FN bool blend_block(const BlendArgs& a, int b, real x0, real y0, TileScratch& s) {
-  constexpr int R = BLOCK_PIXELS / W;
-  const int base = b * BLOCK_PIXELS;
-  Lanes px[R], py[R], red[R], green[R], blue[R], depth[R], median[R];
-  Ray<Lanes> ray[R];
-  for (int r = 0; r < R; r++) {
-    const int at = base + r * W;
-    block_pixels(r, x0, y0, px[r], py[r]);
-    ray[r].running = load(s.running + at);
-    ray[r].left = load(s.left + at);
-    red[r] = load(s.r + at);
-    green[r] = load(s.gr + at);
-    blue[r] = load(s.b + at);
-    if (DEPTH) {
-      depth[r] = load(s.depth + at);
-      median[r] = load(s.median + at);
-    }
-  }
-  const Lanes cut = splat(a.cut), alpha_max = splat(a.alpha_max), transmittance_min = splat(a.transmittance_min);
-  const uint16_t* list = s.list[b];
-  bool going = true;
-  for (int i = 0; i < s.count[b]; i++) {
-    const real* p = s.g + list[i] * SK_SPLAT;
-    const Gaussian2D<Lanes> g = {splat(p[SK_X]), splat(p[SK_Y]), splat(p[SK_A]), splat(p[SK_B]), splat(p[SK_C]), splat(p[SK_LOGO])};
-    going = false;
-    for (int r = 0; r < R; r++) {
-      LaneMask lanes_going;
-      const Lanes before = ray[r].left;
-      const AlphaAt<Lanes> at = alpha_at(g, px[r] - g.x, py[r] - g.y, cut, alpha_max);
-      const Lanes w = blend_step(ray[r], at.alpha, transmittance_min, lanes_going);
-      going |= any(lanes_going);
-      red[r] += w * p[SK_R];
-      green[r] += w * p[SK_G];
-      blue[r] += w * p[SK_BLUE];
+template <bool DEPTH, bool WEIGHTS> SK_FN bool blend_block(const BlendArgs& a, int b, TileScratch& s) {
+  const int at = b * BLOCK_PIXELS;
+  const Block zero = splat_of<Block>(0), half = splat_of<Block>(0.5), transmittance_min = splat_of<Block>(a.transmittance_min);
+  Block px[IN_STEP], py[IN_STEP];
+  for (int k = 0; k < IN_STEP; k++) px[k] = load_pack<R>(s.px + at), py[k] = load_pack<R>(s.py + at);
+  Block left = load_pack<R>(s.left + at), red = load_pack<R>(s.r + at), green = load_pack<R>(s.gr + at), blue = load_pack<R>(s.b + at);
+  Block depth = load_pack<R>(s.depth + at), median = load_pack<R>(s.median + at);
+  PackMask<R> going = less(zero, load_pack<R>(s.running + at));
+  uint16_t* list = s.list[b];
+  for (int k = 0; k < IN_STEP - 1; k++) list[s.count[b] + k] = BATCH;   // fills the last step with Gaussians that touch nothing
+  bool block_going = true;
+  for (int i = 0; i < s.count[b] && block_going; i += IN_STEP) {
+    const real* p[IN_STEP];
+    for (int k = 0; k < IN_STEP; k++) p[k] = s.g + list[i + k] * SK_SPLAT;
+    const Several alpha = alphas_at(a, p, px, py).alpha;
+#pragma GCC unroll 4
+    for (int k = 0; k < IN_STEP; k++) {
+      const Step<Block> step = blend_step(left, part(alpha, k), transmittance_min);
+      going = both(going, step.going);
+      const Block w = where(going, step.weight, zero);
+      red += w * p[k][SK_R];
+      green += w * p[k][SK_G];
+      blue += w * p[k][SK_BLUE];
       if (DEPTH) {
-        depth[r] += w * p[SK_Z];
-        const LaneMask crosses = both(less(splat((real)0.5), before), at_least(splat((real)0.5), ray[r].left));
-        median[r] = where(crosses, splat(p[SK_Z]), median[r]);
+        depth += w * p[k][SK_Z];
+        median = where(both(going, both(less(half, left), at_least(half, step.left))), splat_of<Block>(p[k][SK_Z]), median);
       }
-      if (WEIGHTS) store(s.weights + i * BLOCK_PIXELS + r * W, w);
+      left = where(going, step.left, left);
+      if (WEIGHTS) store(s.weights + (i + k) * BLOCK_PIXELS, w);
     }
-    if (!going) {
-      s.count[b] = i + 1;   // what the feature sums read
-      break;
-    }
+    block_going = any(going);
+    if (!block_going && i + IN_STEP < s.count[b]) s.count[b] = i + IN_STEP;   // what the feature sums read
   }
-  for (int r = 0; r < R; r++) {
-    const int at = base + r * W;
-    store(s.running + at, ray[r].running);
-    store(s.left + at, ray[r].left);
-    store(s.r + at, red[r]);
-    store(s.gr + at, green[r]);
-    store(s.b + at, blue[r]);
-    if (DEPTH) {
-      store(s.depth + at, depth[r]);
-      store(s.median + at, median[r]);
-    }
+  store(s.running + at, where(going, left, zero));
+  store(s.left + at, left);
+  store(s.r + at, red);
+  store(s.gr + at, green);
+  store(s.b + at, blue);
+  if (DEPTH) {
+    store(s.depth + at, depth);
+    store(s.median + at, median);
   }
-  return going;
-}
-
-// Sums of V registers of channels at P pixels, from channel c and pixel p0 on: P x V sums stay in registers over the whole list.
-template <int P, int V> SK_FN void add_feature_columns(const BlendArgs& a, const uint16_t* list, int n, const TileScratch& s, int c, int p0, real* const* out) {
-  Lanes sum[P][V];
-  for (int p = 0; p < P; p++)
-    for (int v = 0; v < V; v++) sum[p][v] = load(out[p0 + p] + c + v * W);
-  for (int i = 0; i < n; i++) {
-    const real *f = a.features + (int64_t)s.rows[list[i]] * a.channels + c, *w = s.weights + i * BLOCK_PIXELS + p0;
-    if (i + 4 < n)
-      for (int v = 0; v < V; v++) __builtin_prefetch(a.features + (int64_t)s.rows[list[i + 4]] * a.channels + c + v * W);
-    Lanes column[V];
-    for (int v = 0; v < V; v++) column[v] = load(f + v * W);
-    for (int p = 0; p < P; p++) {
-      const Lanes weight = splat(w[p]);
-      for (int v = 0; v < V; v++) sum[p][v] += column[v] * weight;
-    }
-  }
-  for (int p = 0; p < P; p++)
-    for (int v = 0; v < V; v++) store(out[p0 + p] + c + v * W, sum[p][v]);
-}
-
-// out[pixel][channel] += sum over the block's list of weight * feature: a small matrix product, channels in the lanes.
-void add_features(const BlendArgs& a, int b, const TileScratch& s, real* const* out) {
-  const uint16_t* list = s.list[b];
-  const int n = s.count[b];
-  constexpr int P = W >= 16 ? 8 : 4, V = 3;   // 24 or 12 sums, as many as the registers hold
-  int c = 0;
-  for (; c + V * W <= a.channels; c += V * W)
-    for (int p0 = 0; p0 < BLOCK_PIXELS; p0 += P) add_feature_columns<P, V>(a, list, n, s, c, p0, out);
-  for (; c + W <= a.channels; c += W)
-    for (int p0 = 0; p0 < BLOCK_PIXELS; p0 += 8) add_feature_columns<8, 1>(a, list, n, s, c, p0, out);
-  for (int i = 0; i < n && c < a.channels; i++) {
-    const real *f = a.features + (int64_t)s.rows[list[i]] * a.channels, *w = s.weights + i * BLOCK_PIXELS;
-    for (int p = 0; p < BLOCK_PIXELS; p++)
-      for (int k = c; k < a.channels; k++) out[p][k] += f[k] * w[p];
-  }
+  return block_going;
 }
 
 template <bool DEPTH, bool WEIGHTS> void walk_tile(const BlendArgs& a, int tile, const int32_t* rows, int64_t n, TileScratch& s, WeightList* weights) {
@@ -149,16 +87,11 @@ template <bool DEPTH, bool WEIGHTS> void walk_tile(const BlendArgs& a, int tile,
     for (uint32_t left = alive; left; left &= left - 1) {
       const int b = __builtin_ctz(left);
       if (s.count[b] == 0) continue;
-      const int x = tile_x + BLOCK * (b & 3), y = tile_y + BLOCK * (b >> 2);
-      const bool going = blend_block<DEPTH, WEIGHTS>(a, b, (real)x, (real)y, s);
-      if (!going) alive &= ~(1u << b);
-      if (WEIGHTS && weights) {
+      if (!blend_block<DEPTH, WEIGHTS>(a, b, s)) alive &= ~(1u << b);
+      if (WEIGHTS && weights)
         keep_weights(b, s, *weights);
-      } else if (WEIGHTS) {
-        real* out[BLOCK_PIXELS];
-        block_rows(a, x, y, a.features_out, a.channels, s.spare, out);
-        add_features(a, b, s, out);
-      }
+      else if (WEIGHTS)
+        add_features(a, b, tile_x + BLOCK * (b & 3), tile_y + BLOCK * (b >> 2), s);
     }
   }
 }
@@ -179,23 +112,28 @@ void blend_tile(const BlendArgs& a, int tile, const int32_t* rows, int64_t n, Ti
     walk_tile<true, false>(a, tile, rows, n, s, nullptr);
   else
     walk_tile<false, false>(a, tile, rows, n, s, nullptr);
-  for (int b = 0; b < TILE_BLOCKS; b++)
-    for (int p = 0; p < BLOCK_PIXELS; p++) {
-      const int x = tile_x + BLOCK * (b & 3) + (p & 3), y = tile_y + BLOCK * (b >> 2) + (p >> 2);
-      if (x >= a.width || y >= a.height) continue;
-      const int64_t at = (int64_t)y * a.width + x;
-      const int i = b * BLOCK_PIXELS + p;
-      const real left = s.left[i], alpha = 1 - left;
-      a.alpha[at] = alpha;
-      if (a.color) {
-        const real *bg = a.background;
-        a.color[3 * at] = s.r[i] + (bg ? left * bg[0] : 0);
-        a.color[3 * at + 1] = s.gr[i] + (bg ? left * bg[1] : 0);
-        a.color[3 * at + 2] = s.b[i] + (bg ? left * bg[2] : 0);
-      }
-      if (a.expected_depth) a.expected_depth[at] = alpha > (real)1e-6 ? s.depth[i] / alpha : 0;
-      if (a.median_depth) a.median_depth[at] = s.median[i];
+  const real none[3] = {}, *bg = a.background ? a.background : none;
+  for (int b = 0; b < TILE_BLOCKS; b++) {
+    const BlockOfMap at(a, tile_x + BLOCK * (b & 3), tile_y + BLOCK * (b >> 2));
+    if (at.empty()) continue;
+    const Block left = load_pack<R>(s.left + b * BLOCK_PIXELS), opaque = splat_of<Block>(1) - left, alpha[1] = {opaque};
+    write_block(at, alpha, a.alpha);
+    if (a.color) {
+      const real* sums[3] = {s.r, s.gr, s.b};
+      Block color[3];
+      for (int k = 0; k < 3; k++) color[k] = load_pack<R>(sums[k] + b * BLOCK_PIXELS) + left * bg[k];
+      write_block(at, color, a.color);
     }
+    if (a.expected_depth) {
+      const PackMask<R> some = less(splat_of<Block>(1e-6), opaque);
+      const Block depth[1] = {where(some, load_pack<R>(s.depth + b * BLOCK_PIXELS) * reciprocal(opaque), splat_of<Block>(0))};
+      write_block(at, depth, a.expected_depth);
+    }
+    if (a.median_depth) {
+      const Block depth[1] = {load_pack<R>(s.median + b * BLOCK_PIXELS)};
+      write_block(at, depth, a.median_depth);
+    }
+  }
 }
 
 void tile_weights(const BlendArgs& a, int tile, const int32_t* rows, int64_t n, TileScratch& s, WeightList& weights) {

@@ -14,6 +14,8 @@ constexpr int BATCH = 256;                       // Gaussians of a tile that are
 // The sums over a tile's pixels that one (Gaussian, tile) pair leaves: h, h dx, h dy, h dx^2, h dx dy, h dy^2 with h = d loss / d exponent;
 // weight times v_colour; and in the full record weight times v_depth, |d loss / d x|, |d loss / d y|, the weight.
 constexpr int MOMENTS = 9, MOMENTS_STATS = 13, PAIR_RECORD = 16;
+constexpr int R = BLOCK_PIXELS / W;              // registers of a block
+typedef Pack<R> Block;                           // a number for each of its pixels, row by row
 static_assert(SK_TILE == 16 && BLOCK_PIXELS % W == 0, "a tile is 4 x 4 blocks of 4 x 4 pixels");
 
 struct ProjectArgs {
@@ -55,9 +57,9 @@ struct BlendArgs {
 };
 
 struct TileScratch {
-  alignas(64) real g[BATCH * SK_SPLAT];
-  alignas(64) real running[256], left[256], r[256], gr[256], b[256], depth[256], median[256];
-  alignas(64) real weights[BATCH * BLOCK_PIXELS];
+  alignas(64) real g[(BATCH + 1) * SK_SPLAT];   // the last one is a Gaussian that touches nothing
+  alignas(64) real px[256], py[256], running[256], left[256], r[256], gr[256], b[256], depth[256], median[256];
+  alignas(64) real weights[(BATCH + 3) * BLOCK_PIXELS];   // of one block
   int32_t rows[BATCH];
   uint16_t list[TILE_BLOCKS][BATCH + 16];
   int32_t count[TILE_BLOCKS];
@@ -69,8 +71,7 @@ void blend_tile(const BlendArgs& a, int tile, const int32_t* rows, int64_t n, Ti
 // Where a row's pair records stand: that of tile (x, y) is number first + y * stride + x. Records of one row lie next to each other,
 // tile by tile, so that their sum does not depend on which tile was finished first.
 struct PairSlots {
-  int64_t first;
-  int32_t stride, count;
+  int32_t first, stride;
 };
 
 struct BlendVjpArgs {
@@ -78,6 +79,7 @@ struct BlendVjpArgs {
   const real *v_color, *v_alpha, *v_expected_depth, *v_features_out;
   const PairSlots* slots;                        // [n]
   real* records;                                 // [pairs,PAIR_RECORD]
+  uint8_t* written;                              // [pairs]: 0 where the record is all zeros and was not written
   bool stats;                                    // full records even where only colour has a gradient
 };
 
@@ -105,6 +107,6 @@ void tile_weights(const BlendArgs& a, int tile, const int32_t* rows, int64_t n, 
 void sum_weighted(const BlendArgs& a, int tile, const WeightList& weights, const real* map, int first, int last, real* sums);
 
 // The pair records of one row -> its gradient record, its weight sum (may be null).
-void reduce_pairs(const real* splat, const real* records, int64_t n, bool full, real* v_splat, real* weight_sum);
+void reduce_pairs(const real* splat, const real* records, const uint8_t* written, int64_t n, bool full, real* v_splat, real* weight_sum);
 
 }  // namespace sk

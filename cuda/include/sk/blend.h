@@ -37,20 +37,15 @@ template <class T> SK_FN AlphaAt<T> alpha_at(const Gaussian2D<T>& g, T dx, T dy,
   return o;
 }
 
-// Transmittance in front of the next Gaussian. `running` becomes 0 once a pixel has stopped, `left` keeps its last true value.
-template <class T> struct Ray {
-  T running, left;
+// What a Gaussian of this alpha does to a pixel that `left` of the light still reaches: its weight and what is left behind it, if
+// the pixel is `going` on; a pixel that is not has stopped in front of this Gaussian.
+template <class T> struct Step {
+  T weight, left;
+  Mask<T> going;
 };
-
-// The weight of a Gaussian with this alpha, 0 where the pixel has stopped; `going` tells where it has not.
-template <class T> SK_FN T blend_step(Ray<T>& ray, T alpha, T transmittance_min, Mask<T>& going) {
-  const T weight = alpha * ray.running;
-  const T next = ray.running - weight;
-  going = at_least(next, transmittance_min);
-  ray.left = where(going, next, ray.left);
-  const T zero = splat_of<T>(0);
-  ray.running = where(going, next, zero);
-  return where(going, weight, zero);
+template <class T> SK_FN Step<T> blend_step(T left, T alpha, T transmittance_min) {
+  const T next = left * (splat_of<T>(1) - alpha);   // not left - weight: the next Gaussian waits for one product only
+  return {alpha * left, next, at_least(next, transmittance_min)};
 }
 
 // How fast the light from behind shrinks as the natural exponent grows: alpha / (1 - alpha).
@@ -60,18 +55,28 @@ template <class T> SK_FN T dimming(T alpha) { return alpha * reciprocal(splat_of
 // behind it and the background contribute.
 template <class T> SK_FN T exponent_vjp(T weighted, T dimming, T behind) { return weighted - dimming * behind; }
 
-// Where the quadratic form peaks along a line: x = x_per_y dy on a horizontal one, y = y_per_x dx on a vertical one.
-template <class T> struct Ridges {
-  T x_per_y, y_per_x;
+// Upper bound of log2 alpha over a rectangle of pixel centres: the exact maximum, which lies at the Gaussian's place or on the
+// vertical or horizontal side that faces it. In parts, for a grid of rectangles shares columns and rows.
+template <class T> struct Column {       // centres lx..hx, as distances from the Gaussian
+  T u, y, u_low, u_high;                 // on the side that faces it: a dx, and the dy of the maximum; a lx, a hx
 };
-template <class T> SK_FN Ridges<T> ridges(const Gaussian2D<T>& g) { return {-g.b / g.a, -g.a * g.b / (g.b * g.b + g.c * g.c)}; }
-
-// Upper bound of log2 alpha over the pixel centres x0..x1, y0..y1: exact maximum of the quadratic form over that rectangle.
-template <class T> SK_FN T peak_in_block(const Gaussian2D<T>& g, const Ridges<T>& r, T x0, T x1, T y0, T y1) {
-  const T lx = x0 - g.x, hx = x1 - g.x, ly = y0 - g.y, hy = y1 - g.y, zero = splat_of<T>(0);
-  // The maximum lies at the centre or on the vertical or horizontal side that faces it.
-  const T dx = clamp(zero, lx, hx), dy = clamp(zero, ly, hy);
-  return max(exponent_at(g, dx, clamp(r.y_per_x * dx, ly, hy)), exponent_at(g, clamp(r.x_per_y * dy, lx, hx), dy));
+template <class T> SK_FN Column<T> column_of(const Gaussian2D<T>& g, T y_per_x, T lx, T hx) {
+  const T dx = clamp(splat_of<T>(0), lx, hx);
+  return {g.a * dx, y_per_x * dx, g.a * lx, g.a * hx};
+}
+// Along a vertical line, where the maximum lies: dy = y_per_x dx.
+template <class T> SK_FN T y_per_x_of(const Gaussian2D<T>& g) { return -g.a * g.b * reciprocal(g.b * g.b + g.c * g.c); }
+template <class T> struct Row {          // centres ly..hy
+  T ly, hy, u, peak;                     // on the side that faces it: b dy, logo - (c dy)^2
+};
+template <class T> SK_FN Row<T> row_of(const Gaussian2D<T>& g, T ly, T hy) {
+  const T dy = clamp(splat_of<T>(0), ly, hy), v = g.c * dy;
+  return {ly, hy, g.b * dy, g.logo - v * v};
+}
+template <class T> SK_FN T peak_in(const Gaussian2D<T>& g, const Column<T>& c, const Row<T>& r) {
+  const T dy = clamp(c.y, r.ly, r.hy), u1 = c.u + g.b * dy, v1 = g.c * dy;
+  const T u2 = clamp(splat_of<T>(0), c.u_low + r.u, c.u_high + r.u);
+  return max(g.logo - u1 * u1 - v1 * v1, r.peak - u2 * u2);
 }
 
 }  // namespace sk

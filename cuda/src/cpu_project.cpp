@@ -26,19 +26,6 @@ View<real> make_view(const real* m, const real* K, int width, int height, const 
   return v;
 }
 
-static TileSpan tile_span(const real* s, int width, int height) {
-  // The spans are not empty (project() saw to that) and start at 0, so truncation rounds down.
-  real first, last;
-  TileSpan t;
-  pixel_span(s[SK_X], s[SK_RX], (real)width, first, last);
-  t.x0 = ((int32_t)first + ((real)(int32_t)first < first)) / SK_TILE;
-  t.x1 = (int32_t)last / SK_TILE + 1;
-  pixel_span(s[SK_Y], s[SK_RY], (real)height, first, last);
-  t.y0 = ((int32_t)first + ((real)(int32_t)first < first)) / SK_TILE;
-  t.y1 = (int32_t)last / SK_TILE + 1;
-  return t;
-}
-
 namespace {
 
 struct RowLanes {
@@ -98,12 +85,17 @@ int project_chunk(const ProjectArgs& a, int64_t first, int64_t last, real* splat
     const Lanes planes[SK_SPLAT] = {s.x, s.y, s.a, s.b, s.c, s.logo, zero, zero, zero, s.z, s.rx, s.ry};
     real* chunk = splats + first * SK_SPLAT;   // records of rows that are not drawn are written too, and never read
     for (int j = 0; j < SK_SPLAT; j += 4) store_columns(chunk + j, r.row, r.used, SK_SPLAT, 4, planes + j, false);
-    for (int i = 0; i < r.used; i++) {
-      if (!(mask >> i & 1)) continue;
+    real radius[W], x_first[W], x_last[W], y_first[W], y_last[W];
+    store(radius, a.view.unbounded ? splat((real)__builtin_inf()) : max(max(s.rx, s.ry), splat((real)1e-6)));
+    store(x_first, s.x_first);
+    store(x_last, s.x_last);
+    store(y_first, s.y_first);
+    store(y_last, s.y_last);
+    for (uint32_t left = mask & ((1u << (r.used - 1) << 1) - 1); left; left &= left - 1) {
+      const int i = __builtin_ctz(left);
       const int32_t row = near_rows[at + i];
-      const real* out = chunk + row * SK_SPLAT;
-      radii[first + row] = a.view.unbounded ? (real)__builtin_inf() : max(max(out[SK_RX], out[SK_RY]), (real)1e-6);
-      const TileSpan t = tile_span(out, (int)a.view.width, (int)a.view.height);
+      radii[first + row] = radius[i];
+      const TileSpan t = {(int32_t)x_first[i] / SK_TILE, (int32_t)x_last[i] / SK_TILE + 1, (int32_t)y_first[i] / SK_TILE, (int32_t)y_last[i] / SK_TILE + 1};
       tiles[first + row] = packed(t);
       *pairs += t.count();
       keys[drawn] = near_keys[at + i];

@@ -26,6 +26,7 @@ SK_FN float depth_key(const float key[4], float x, float y, float z) {
 // The parts of log2 alpha = logo - (a dx + b dy)^2 - (c dy)^2, the Gaussian's place on the screen and its depth.
 template <class T> struct Splatted {
   T x, y, a, b, c, logo, z, rx, ry;
+  T x_first, x_last, y_first, y_last;   // pixels of the picture that it reaches, as whole numbers
   Mask<T> drawn;
 };
 
@@ -87,10 +88,10 @@ template <class T> SK_FN Projection<T> project_geometry(const View<Scalar<T>>& w
   return o;
 }
 
-// Pixel columns (or rows) whose centres lie in [at - reach, at + reach] and in the picture: first and last, as numbers.
+// Pixel columns (or rows) whose centres lie in [at - reach, at + reach] and in the picture: none where the last lies before the first.
 template <class T> SK_FN void pixel_span(T at, T reach, Scalar<T> size, T& first, T& last) {
-  first = max(at - reach - (Scalar<T>)0.5, splat_of<T>(0));
-  last = min(at + reach - (Scalar<T>)0.5, splat_of<T>((double)size - 1));
+  first = ceil_of(max(at - reach - (Scalar<T>)0.5, splat_of<T>(0)));
+  last = floor_of(min(at + reach - (Scalar<T>)0.5, splat_of<T>((double)size - 1)));
 }
 
 template <class T> SK_FN Splatted<T> project(const View<Scalar<T>>& w, const GaussianIn<T>& g) {
@@ -121,12 +122,9 @@ template <class T> SK_FN Splatted<T> project(const View<Scalar<T>>& w, const Gau
     s.rx = sqrt(max(q, zero) * o.a_blur);
     s.ry = sqrt(max(q, zero) * o.c_blur);
   }
-  // A span that holds no pixel centre: its first whole pixel lies behind its last.
-  T first, last;
-  pixel_span(s.x, s.rx, w.width, first, last);
-  drawn = both(drawn, at_least(floor_of(last), ceil_of(first)));
-  pixel_span(s.y, s.ry, w.height, first, last);
-  drawn = both(drawn, at_least(floor_of(last), ceil_of(first)));
+  pixel_span(s.x, s.rx, w.width, s.x_first, s.x_last);
+  pixel_span(s.y, s.ry, w.height, s.y_first, s.y_last);
+  drawn = both(drawn, both(at_least(s.x_last, s.x_first), at_least(s.y_last, s.y_first)));
   s.drawn = drawn;
   return s;
 }

@@ -26,7 +26,8 @@ enum { SK_OK = 0, SK_MORE = 1, SK_ERROR = 2 };
 enum { SK_NEAR = 0, SK_BLUR_PX2 = 1, SK_ANTIALIAS = 2, SK_ALPHA_MIN = 3, SK_ALPHA_MAX = 4, SK_TRANSMITTANCE_MIN = 5, SK_FOV_MARGIN = 6, SK_SETTINGS = 7 };
 
 // One projected Gaussian is SK_SPLAT reals. log2 alpha(x, y) = LOGO - (A dx + B dy)^2 - (C dy)^2 with dx = x - X, dy = y - Y in pixels:
-// squares do not cancel, as the three terms of the conic do for thin Gaussians.
+// squares do not cancel, as the three terms of the conic do for thin Gaussians. X, Y count from the middle of the picture, for the same
+// reason: pixel (column, row) has its centre at (column + 1/2 - width / 2, row + 1/2 - height / 2).
 // RX, RY are the half sides of the smallest axis-parallel box outside of which alpha < alpha_min.
 // A gradient record has the derivative by the coefficients of dx^2, dx dy and dy^2 at A, B, C; RX, RY hold the sums over pixels of
 // |d loss / d X|, |d loss / d Y|; the other places match.

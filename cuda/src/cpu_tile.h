@@ -7,12 +7,15 @@ namespace sk {
 // The block cull rounds differently from the pixel loop; a bound this much (in log2 alpha) above the cut keeps it conservative.
 constexpr real CULL_SLACK = (real)0.02;
 
+// The centre of a pixel column (or row), counted from the picture's centre as the records are.
+SK_FN real from_centre(int pixel, int size) { return (real)(2 * pixel + 1 - size) * (real)0.5; }
+
 // Pixel centres; clears the sums; pixels outside the picture start stopped. Returns the blocks that hold a pixel of the picture.
 SK_FN uint32_t start_tile(const BlendArgs& a, int tile_x, int tile_y, TileScratch& s) {
   for (int b = 0; b < TILE_BLOCKS; b++)
     for (int p = 0; p < BLOCK_PIXELS; p++) {
-      s.px[b * BLOCK_PIXELS + p] = (real)(tile_x + BLOCK * (b & 3) + (p & 3)) + (real)0.5;
-      s.py[b * BLOCK_PIXELS + p] = (real)(tile_y + BLOCK * (b >> 2) + (p >> 2)) + (real)0.5;
+      s.px[b * BLOCK_PIXELS + p] = from_centre(tile_x + BLOCK * (b & 3) + (p & 3), a.width);
+      s.py[b * BLOCK_PIXELS + p] = from_centre(tile_y + BLOCK * (b >> 2) + (p >> 2), a.height);
     }
   for (int i = 0; i < 256; i += W) {
     store(s.running + i, splat(1));
@@ -167,12 +170,12 @@ SK_FN void touching(const BlendArgs& a, int tile_x, int tile_y, int at, uint32_t
   const Lanes cut = splat(a.cut - CULL_SLACK), y_per_x = y_per_x_of(g);
   Column<Lanes> column[4];
   for (int k = 0; k < 4; k++) {
-    const Lanes lx = ((real)(tile_x + BLOCK * k) + (real)0.5) - g.x;
+    const Lanes lx = from_centre(tile_x + BLOCK * k, a.width) - g.x;
     column[k] = column_of(g, y_per_x, lx, lx + (real)(BLOCK - 1));
   }
   for (int j = 0; j < 4; j++) {
     if (!(alive >> (4 * j) & 15)) continue;
-    const Lanes ly = ((real)(tile_y + BLOCK * j) + (real)0.5) - g.y;
+    const Lanes ly = from_centre(tile_y + BLOCK * j, a.height) - g.y;
     const Row<Lanes> r = row_of(g, ly, ly + (real)(BLOCK - 1));
     for (int k = 0; k < 4; k++) out[4 * j + k] = at_least(peak_in(g, column[k], r), cut);
   }

@@ -86,6 +86,11 @@ template <> struct Traits<Lanes> { using Scalar = real; using Mask = LaneMask; u
 template <> struct Splat<Lanes> { static SK_FN Lanes of(double x) { return (real)x - Lanes{}; } };
 SK_FN Lanes splat(real x) { return x - Lanes{}; }
 
+typedef double WideLanes __attribute__((vector_size(W * sizeof(double))));
+template <> struct WideOf<Lanes> { using type = WideLanes; };
+SK_FN WideLanes widened(Lanes a) { return __builtin_convertvector(a, WideLanes); }
+SK_FN void narrow(WideLanes a, Lanes& out) { out = __builtin_convertvector(a, Lanes); }
+
 SK_FN Lanes load(const real* p) { Lanes v; __builtin_memcpy(&v, p, sizeof v); return v; }
 SK_FN void store(real* p, Lanes v) { __builtin_memcpy(p, &v, sizeof v); }
 SK_FN IntLanes to_bits(Lanes a) { return (IntLanes)a; }

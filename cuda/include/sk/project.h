@@ -23,7 +23,8 @@ SK_FN float depth_key(const float key[4], float x, float y, float z) {
   return rounded_sum(rounded_sum(rounded_sum(rounded_product(key[0], x), rounded_product(key[1], y)), rounded_product(key[2], z)), key[3]);
 }
 
-// The parts of log2 alpha = logo - (a dx + b dy)^2 - (c dy)^2, the Gaussian's place on the screen and its depth.
+// The parts of log2 alpha = logo - (a dx + b dy)^2 - (c dy)^2, the Gaussian's place in pixels from the picture's centre (from its corner,
+// float32 would keep less of the places in its middle), its depth and its reach.
 template <class T> struct Splatted {
   T x, y, a, b, c, logo, z, rx, ry;
   T x_first, x_last, y_first, y_last;   // pixels of the picture that it reaches, as whole numbers
@@ -94,6 +95,18 @@ template <class T> SK_FN void pixel_span(T at, T reach, Scalar<T> size, T& first
   last = floor_of(min(at + reach - (Scalar<T>)0.5, splat_of<T>((double)size - 1)));
 }
 
+// The Gaussian's place on the screen. Its rounding decides at which pixels alpha passes the cut: half of float32's error against the
+// double build was of pixels that flipped, hence the wide numbers.
+template <class T> SK_FN void place(const View<Scalar<T>>& w, Vec3<T> mean, T& x, T& y) {
+  const Wide<T> mx = widened(mean.x), my = widened(mean.y), mz = widened(mean.z);
+  const Wide<T> tx = mx * (double)w.r[0] + my * (double)w.r[1] + mz * (double)w.r[2] + (double)w.t[0];
+  const Wide<T> ty = mx * (double)w.r[3] + my * (double)w.r[4] + mz * (double)w.r[5] + (double)w.t[1];
+  const Wide<T> tz = mx * (double)w.r[6] + my * (double)w.r[7] + mz * (double)w.r[8] + (double)w.t[2];
+  const Wide<T> iz = 1.0 / tz;
+  narrow(tx * iz * (double)w.fx + ((double)w.cx - 0.5 * (double)w.width), x);
+  narrow(ty * iz * (double)w.fy + ((double)w.cy - 0.5 * (double)w.height), y);
+}
+
 template <class T> SK_FN Splatted<T> project(const View<Scalar<T>>& w, const GaussianIn<T>& g) {
   typedef Scalar<T> S;
   const Projection<T> o = project_geometry(w, g);
@@ -104,8 +117,7 @@ template <class T> SK_FN Splatted<T> project(const View<Scalar<T>>& w, const Gau
   s.a = sqrt(half * o.c_blur * inv_det);
   s.b = -half * o.b * inv_det / s.a;
   s.c = sqrt(half / o.c_blur);
-  s.x = w.fx * o.u_raw + w.cx;
-  s.y = w.fy * o.v_raw + w.cy;
+  place(w, g.mean, s.x, s.y);
   s.z = o.t.z;
   s.logo = log2_sigmoid(g.logit);
   const T zero = splat_of<T>(0), huge = splat_of<T>(1e30);
@@ -122,8 +134,8 @@ template <class T> SK_FN Splatted<T> project(const View<Scalar<T>>& w, const Gau
     s.rx = sqrt(max(q, zero) * o.a_blur);
     s.ry = sqrt(max(q, zero) * o.c_blur);
   }
-  pixel_span(s.x, s.rx, w.width, s.x_first, s.x_last);
-  pixel_span(s.y, s.ry, w.height, s.y_first, s.y_last);
+  pixel_span(s.x + (S)0.5 * w.width, s.rx, w.width, s.x_first, s.x_last);
+  pixel_span(s.y + (S)0.5 * w.height, s.ry, w.height, s.y_first, s.y_last);
   drawn = both(drawn, both(at_least(s.x_last, s.x_first), at_least(s.y_last, s.y_first)));
   s.drawn = drawn;
   return s;

@@ -70,6 +70,14 @@ SK_FN float rounded_sum(float a, float b) {
 #endif
 }
 
+// The type with twice the digits, where there is one, for the few places where a difference of large numbers counts.
+template <class T> struct WideOf { using type = double; };
+template <class T> using Wide = typename WideOf<T>::type;
+SK_FN double widened(float a) { return a; }
+SK_FN double widened(double a) { return a; }
+SK_FN void narrow(double a, float& out) { out = (float)a; }
+SK_FN void narrow(double a, double& out) { out = a; }
+
 // A constant or scalar in every lane.
 template <class T> struct Splat { static SK_FN T of(double x) { return (T)x; } };
 template <class T> SK_FN T splat_of(double x) { return Splat<T>::of(x); }

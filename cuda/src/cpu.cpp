@@ -61,13 +61,6 @@ BlendArgs blend_args(int32_t width, int32_t height, int32_t channels, const doub
   return a;
 }
 
-// Zeros of a large output, by all threads: most of the time goes into its fresh pages.
-void clear(real* p, int64_t count) {
-  constexpr int64_t PART = 1 << 19;
-  expect_large(p, sizeof(real) * count);
-  parallel((count + PART - 1) / PART, [&](int64_t i, int) { memset(p + i * PART, 0, sizeof(real) * (count - i * PART < PART ? count - i * PART : PART)); });
-}
-
 template <class T> T* offset(T* p, int64_t n) { return p ? p + n : nullptr; }
 
 // Puts the visible rows, front to back, into the lists of the tiles that they reach: a counting sort by tile in slices, stable.
@@ -106,9 +99,18 @@ void bin(const BlendArgs& a, const int32_t* order, const int64_t* reached, int64
   });
 }
 
+// Marks the entries that are the first ones of their rows: ~row instead of row. seen [n] has the rows that came before.
+void mark_first(WeightList& list, uint8_t* seen) {
+  for (int b = 0; b < TILE_BLOCKS; b++)
+    for (int64_t i = 0; i < list.count[b]; i++) {
+      int32_t& row = list.rows[b * list.capacity + i];
+      if (!seen[row]) seen[row] = 1, row = ~row;
+    }
+}
+
 // Runs `tile(t, worker, list)` and then `sum(first, last, t, list)` over all tiles in bands whose weight lists fit in memory. Sums go by slice of
-// channels, and within one in tile order, so they do not depend on the threads.
-template <class Tile, class Sum> void in_bands(const int64_t* tile_offsets, int64_t tiles, int channels, Tile&& tile, Sum&& sum) {
+// channels, and within one in tile order, so they do not depend on the threads. With seen [n], sums start where a row comes first.
+template <class Tile, class Sum> void in_bands(const int64_t* tile_offsets, int64_t tiles, int channels, uint8_t* seen, Tile&& tile, Sum&& sum) {
   constexpr int64_t LIMIT = 48 << 20, ENTRY = BLOCK_PIXELS * sizeof(real) + sizeof(int32_t);
   auto bytes = [&](int64_t t) { return (tile_offsets[t + 1] - tile_offsets[t]) * TILE_BLOCKS * ENTRY + 64; };
   int64_t most = 0, band = 0;
@@ -121,7 +123,8 @@ template <class Tile, class Sum> void in_bands(const int64_t* tile_offsets, int6
   starts.push_back(tiles);
   Buffer<char> memory(most);
   std::vector<WeightList> lists;
-  const int slice = channels >= 6 * W ? 3 * W : W;
+  // As few slices as there are threads: each reads all the weights, and touches a row's sums in one piece.
+  const int step = channels >= 6 * W ? 3 * W : W, steps = (channels + step - 1) / step, slice = (steps + pool_threads() - 1) / pool_threads() * step;
   for (size_t b = 0; b + 1 < starts.size(); b++) {
     const int64_t first = starts[b], count = starts[b + 1] - first;
     lists.assign(count, WeightList{});
@@ -134,6 +137,8 @@ template <class Tile, class Sum> void in_bands(const int64_t* tile_offsets, int6
       p += (TILE_BLOCKS * l.capacity * ENTRY + 63) / 64 * 64;
     }
     parallel(count, [&](int64_t i, int worker) { tile(first + i, worker, lists[i]); });
+    if (seen)
+      for (WeightList& l : lists) mark_first(l, seen);
     parallel((channels + slice - 1) / slice, [&](int64_t s, int) {
       const int c0 = (int)s * slice, c1 = c0 + slice < channels ? c0 + slice : channels;
       for (int64_t i = 0; i < count; i++) sum(c0, c1, first + i, lists[i]);
@@ -316,7 +321,9 @@ int32_t sk_blend(int64_t n, int32_t cameras, int32_t width, int32_t height, int3
 int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int64_t* tiles, const int64_t* counts, const real* features, const real* background, const int32_t* pairs, const int64_t* tile_offsets, const real* color, const real* alpha, const real* expected_depth, const real* features_out, const real* v_color, const real* v_alpha, const real* v_expected_depth, const real* v_features_out, real* v_splats, real* v_features, real* v_background, real* weight_sums, void*) {
   return guarded("sk_blend_vjp", [&] {
     const int64_t pixels = (int64_t)width * height;
-    if (v_features) clear(v_features, n * channels);
+    Buffer<uint8_t> seen(n);   // rows of v_features that have been written
+    memset(seen.data, 0, n);
+    if (v_features) expect_large(v_features, sizeof(real) * n * channels);
     PerWorker<VjpScratch> scratch;
     Spares spare(channels);
     for (int c = 0; c < cameras; c++) {
@@ -365,7 +372,7 @@ int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, 
         blend_tile_vjp(a, (int)t, pairs + offsets[t], offsets[t + 1] - offsets[t], s, weights, v_background ? &tile_background[3 * t] : nullptr);
       };
       if (a.v_features_out && v_features)
-        in_bands(offsets, tile_count, channels, [&](int64_t t, int worker, WeightList& l) { tile(t, worker, &l); },
+        in_bands(offsets, tile_count, channels, seen.data, [&](int64_t t, int worker, WeightList& l) { tile(t, worker, &l); },
                  [&](int c0, int c1, int64_t t, const WeightList& l) { sum_weighted(f, (int)t, l, a.v_features_out, c0, c1, v_features); });
       else
         parallel(tile_count, [&](int64_t t, int worker) { tile(t, worker, nullptr); });
@@ -389,6 +396,11 @@ int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, 
           v_background[3 * c + k] = (real)sum;
         }
     }
+    constexpr int64_t PART = 256;
+    parallel(v_features ? (n + PART - 1) / PART : 0, [&](int64_t p, int) {
+      for (int64_t row = p * PART; row < n && row < (p + 1) * PART; row++)
+        if (!seen[row]) memset(v_features + row * channels, 0, sizeof(real) * channels);
+    });
     return SK_OK;
   });
 }
@@ -399,7 +411,7 @@ int32_t sk_uplift(int64_t n, int32_t width, int32_t height, int32_t channels, co
     const BlendArgs a = blend_args(width, height, channels, settings, splats, nullptr);
     const int64_t tiles = (int64_t)a.tiles_x * a.tiles_y;
     PerWorker<TileScratch> scratch;
-    in_bands(tile_offsets, tiles, channels,
+    in_bands(tile_offsets, tiles, channels, nullptr,
              [&](int64_t t, int worker, WeightList& l) { tile_weights(a, (int)t, pairs + tile_offsets[t], tile_offsets[t + 1] - tile_offsets[t], scratch[worker], l); },
              [&](int c0, int c1, int64_t t, const WeightList& l) {
                sum_weighted(a, (int)t, l, map, c0, c1, sums);

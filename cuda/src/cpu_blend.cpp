@@ -43,6 +43,7 @@ template <bool DEPTH, bool WEIGHTS> SK_FN bool blend_block(const BlendArgs& a, i
   uint16_t* list = s.list[b];
   for (int k = 0; k < IN_STEP - 1; k++) list[s.count[b] + k] = BATCH;   // fills the last step with Gaussians that touch nothing
   bool block_going = true;
+  int kept = 0;   // with WEIGHTS: the list keeps the Gaussians that have a weight at any pixel
   for (int i = 0; i < s.count[b] && block_going; i += IN_STEP) {
     const real* p[IN_STEP];
     for (int k = 0; k < IN_STEP; k++) p[k] = s.g + list[i + k] * SK_SPLAT;
@@ -60,11 +61,15 @@ template <bool DEPTH, bool WEIGHTS> SK_FN bool blend_block(const BlendArgs& a, i
         median = where(both(going, both(less(half, left), at_least(half, step.left))), splat_of<Block>(p[k][SK_Z]), median);
       }
       left = where(going, step.left, left);
-      if (WEIGHTS) store(s.weights + (i + k) * BLOCK_PIXELS, w);
+      if (WEIGHTS) {
+        store(s.weights + kept * BLOCK_PIXELS, w);
+        list[kept] = list[i + k];
+        kept += any(less(zero, w));
+      }
     }
     block_going = any(going);
-    if (!block_going && i + IN_STEP < s.count[b]) s.count[b] = i + IN_STEP;   // what the feature sums read
   }
+  if (WEIGHTS) s.count[b] = kept;
   store(s.running + at, where(going, left, zero));
   store(s.left + at, left);
   store(s.r + at, red);
@@ -79,7 +84,7 @@ template <bool DEPTH, bool WEIGHTS> SK_FN bool blend_block(const BlendArgs& a, i
 
 template <bool DEPTH, bool WEIGHTS> void walk_tile(const BlendArgs& a, int tile, const int32_t* rows, int64_t n, TileScratch& s, WeightList* weights) {
   const int tile_x = tile % a.tiles_x * SK_TILE, tile_y = tile / a.tiles_x * SK_TILE;
-  uint32_t alive = start_tile(a, tile_x, tile_y, s);
+  uint32_t alive = start_tile(a, tile_x, tile_y, s), unwritten = alive;   // the latter of features_out
   for (int64_t first = 0; first < n && alive; first += BATCH) {
     const int batch = (int)(n - first < BATCH ? n - first : BATCH);
     load_batch(a, rows + first, n - first, batch, s);
@@ -88,11 +93,17 @@ template <bool DEPTH, bool WEIGHTS> void walk_tile(const BlendArgs& a, int tile,
       const int b = __builtin_ctz(left);
       if (s.count[b] == 0) continue;
       if (!blend_block<DEPTH, WEIGHTS>(a, b, s)) alive &= ~(1u << b);
-      if (WEIGHTS && weights)
-        keep_weights(b, s, *weights);
-      else if (WEIGHTS)
-        add_features(a, b, tile_x + BLOCK * (b & 3), tile_y + BLOCK * (b >> 2), s);
+      if (WEIGHTS && weights) keep_weights(b, s, *weights);
+      if (WEIGHTS && !weights) {
+        add_features(a, b, tile_x + BLOCK * (b & 3), tile_y + BLOCK * (b >> 2), unwritten >> b & 1, s);
+        unwritten &= ~(1u << b);
+      }
     }
+  }
+  for (uint32_t left = WEIGHTS && !weights ? unwritten : 0; left; left &= left - 1) {
+    const int b = __builtin_ctz(left);
+    s.count[b] = 0;
+    add_features(a, b, tile_x + BLOCK * (b & 3), tile_y + BLOCK * (b >> 2), true, s);
   }
 }
 
@@ -101,11 +112,6 @@ template <bool DEPTH, bool WEIGHTS> void walk_tile(const BlendArgs& a, int tile,
 void blend_tile(const BlendArgs& a, int tile, const int32_t* rows, int64_t n, TileScratch& s) {
   const bool depth = a.expected_depth || a.median_depth;
   const int tile_x = tile % a.tiles_x * SK_TILE, tile_y = tile / a.tiles_x * SK_TILE;
-  if (a.features_out)
-    for (int y = tile_y; y < tile_y + SK_TILE && y < a.height; y++) {
-      const int x1 = tile_x + SK_TILE < a.width ? tile_x + SK_TILE : a.width;
-      __builtin_memset(a.features_out + ((int64_t)y * a.width + tile_x) * a.channels, 0, sizeof(real) * (x1 - tile_x) * (size_t)a.channels);
-    }
   if (a.features_out)
     walk_tile<true, true>(a, tile, rows, n, s, nullptr);
   else if (depth)

@@ -182,8 +182,8 @@ SK_FN void touching(const BlendArgs& a, int tile_x, int tile_y, int at, uint32_t
 }
 
 // ---- feature channels (cpu_features.cpp) ----
-// features_out at the block's pixels += sum over its list of weight * feature.
-void add_features(const BlendArgs& a, int b, int x, int y, const TileScratch& s);
+// features_out at the block's pixels += (first: =) sum over its list of weight * feature.
+void add_features(const BlendArgs& a, int b, int x, int y, bool first, const TileScratch& s);
 
 // v_features_out . features_out at every pixel of the block.
 Block dot_maps(const BlendArgs& f, const BlockOfMap& at, const real* v_features_out);

@@ -1,11 +1,13 @@
-"""Adam on a scene: the one place that writes scene tensors in place, with state that follows the edits of density."""
+"""Adam and AdamW-GS on a scene: the one place that writes scene tensors in place, with state that follows the edits of density."""
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import native
@@ -32,37 +34,82 @@ def exponential_decay(step: int, steps: int, first: float, last: float) -> float
     return first * (last / first) ** min(max(step / max(steps, 1), 0.0), 1.0)
 
 
-class Adam:
-    """Adam (Kingma & Ba 2015) over the groups of a scene, with a learning rate per group or per column of a group.
+@dataclass(frozen=True)
+class AttributeDecay:
+    """Decoupled attribute regularisation (DAR; Ding et al. 2026): every step also takes
 
-    It owns the moments `m` and `v`, shaped like their fields, and the number of steps taken; the scene stays a plain value. Groups
-    without a learning rate are frozen: they have no state, and a gradient for them is ignored. Rows change by `follow` only.
-    What a run does not change (rates, betas, eps) comes from its configuration and is not part of `state_dict`.
+        learning rate x min(strength / pixels x d attribute / d parameter / (sqrt(v_hat) + eps), ceiling)
+
+    off logit_opacities (attribute sigmoid) and log_scales (attribute exp). It never enters the moments, so what the photos pull at
+    strongly is hardly decayed and what they do not need fades. Each window of steps counts both its ends.
     """
 
-    def __init__(self, scene: Scene, learning_rates: LearningRates, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-15):
+    opacity: float = 1e-2
+    scale: float = 1e-4
+    ceiling: float = 10.0
+    opacity_steps: tuple[int, int] = (3000, 15_000)
+    scale_steps: tuple[int, int] = (1000, 15_000)
+
+    def strength(self, group: Group, step: int, pixels: int) -> float:
+        """What DAR multiplies the derivative of `group` with at this step; 0 outside of its window."""
+        strength, (first, last) = {"logit_opacities": (self.opacity, self.opacity_steps), "log_scales": (self.scale, self.scale_steps)}.get(group, (0.0, (0, -1)))
+        return strength / pixels if first <= step <= last else 0.0
+
+
+@dataclass(frozen=True)
+class StateDecay:
+    """Re-state regularisation (RSR; Ding et al. 2026): every `every` steps of a window (ends included), after the update, the moments
+    of a random share of all rows shrink: m by keep_m, v by keep_v. `shares` are (from this step, share), ascending.
+    """
+
+    every: int = 100
+    steps: tuple[int, int] = (1000, 15_000)
+    shares: tuple[tuple[int, float], ...] = ((1000, 0.1),)
+    keep_m: float = 0.2
+    keep_v: float = 0.04
+
+    def share(self, step: int) -> float:
+        due = self.steps[0] <= step <= self.steps[1] and step % self.every == 0
+        return max((entry for entry in self.shares if entry[0] <= step), default=(0, 0.0))[1] if due else 0.0
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) over the groups of a scene, with a learning rate per group or per column of a group; with its three
+    switches (`visible` given to step, `attribute_decay`, `state_decay`) it is AdamW-GS (Ding et al. 2026).
+
+    It owns the moments `m` and `v`, shaped like their fields, the steps that each row has taken (`row_steps` [N]) and their number
+    in all (`steps_taken`); the scene stays a plain value. Groups without a learning rate are frozen: they have no state, and a
+    gradient for them is ignored. Rows change by `follow` only. What a run does not change (rates, betas, eps, switches) comes from its
+    configuration and is not part of `state_dict`.
+    """
+
+    def __init__(self, scene: Scene, learning_rates: LearningRates, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-15,
+                 attribute_decay: AttributeDecay | None = None, state_decay: StateDecay | None = None, seed: int = 0):
         fields = scene.fields()
         if unknown := set(learning_rates) - set(fields):
             raise ValueError(f"learning rates for {sorted(unknown)}; expected some of {sorted(fields)}")
         if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps >= 0):
             raise ValueError(f"betas {betas} and eps {eps}; expected 0 <= beta < 1 and eps >= 0")
-        self.betas, self.eps = betas, eps
+        self.betas, self.eps, self.attribute_decay, self.state_decay = betas, eps, attribute_decay, state_decay
         self.learning_rates = {group: _per_column(rate, fields[group], group) for group, rate in learning_rates.items()}
         self.steps_taken = 0
+        self.row_steps = torch.zeros(len(scene), dtype=torch.int32, device=scene.device)
+        self.generator = torch.Generator().manual_seed(seed)        # draws the rows of state_decay
         # Contiguous whatever the field's strides are: native code walks them row by row.
         self.m = {group: torch.zeros_like(fields[group].detach(), memory_format=torch.contiguous_format) for group in learning_rates}
         self.v = {group: torch.zeros_like(m) for group, m in self.m.items()}
 
     @torch.no_grad()
-    def step(self, scene: Scene, grads: Mapping[Group, Tensor], visible: Bool[Tensor, " N"] | None = None,
+    def step(self, scene: Scene, grads: Mapping[Group, Tensor], visible: Bool[Tensor, " N"] | None = None, pixels: int | None = None,
              learning_rates: LearningRates | None = None, displacement: Float[Tensor, "N 3"] | None = None) -> None:
         """One step, in place on the tensors of `scene`; a group absent from `grads` keeps its values and moments.
 
-        Rows that are not `visible` keep values and moments bit by bit (sparse Adam; the bias correction counts all steps).
-        `learning_rates` replaces the rates of its groups for this step. `displacement` is added to the means after the update:
+        Rows that are not `visible` keep values, moments and step count bit by bit (sparse Adam), but for state_decay, which draws from
+        all rows. Bias corrections are of each row's own steps. `pixels` of the picture behind the gradients is what attribute_decay
+        needs. `learning_rates` replaces the rates of its groups for this step. `displacement` is added to the means after the update:
         the way in for density.mcmc_noise, because nothing else writes scene tensors.
 
-        Raises ValueError, with nothing changed, when shapes disagree: most often an edit that was not followed.
+        Raises ValueError, with nothing changed, when shapes disagree (most often an edit that was not followed) or `pixels` is missing.
         """
         fields = scene.fields()
         rates = dict(self.learning_rates)
@@ -74,14 +121,33 @@ class Adam:
             if group in grads and (grads[group].shape, grads[group].dtype, grads[group].device) != (m.shape, m.dtype, m.device):
                 raise ValueError(f"gradient of {group} is {grads[group].dtype} {tuple(grads[group].shape)} on {grads[group].device}; "
                                  f"expected {m.dtype} {tuple(m.shape)} on {m.device}")
+        if self.attribute_decay and not (pixels and pixels > 0):
+            raise ValueError(f"pixels is {pixels}; attribute_decay needs the number of pixels of the picture behind the gradients")
         self.steps_taken += 1
+        self.row_steps += 1 if visible is None else visible
+        even = visible is None and (not len(scene) or bool((self.row_steps == self.row_steps[0]).all()))
+        steps = int(self.row_steps[0]) if even and len(scene) else self.row_steps
         for group in self.m.keys() & grads.keys():
-            adam_(fields[group], grads[group], self.m[group], self.v[group], rates[group], self.betas, self.eps, self.steps_taken, visible)
+            decay = self.attribute_decay.strength(group, self.steps_taken, pixels) if self.attribute_decay else 0.0
+            ceiling = self.attribute_decay.ceiling if self.attribute_decay else 0.0
+            adam_(fields[group], grads[group], self.m[group], self.v[group], rates[group], self.betas, self.eps, steps, visible,
+                  (_ATTRIBUTES[group], decay, ceiling) if decay else None)
         if displacement is not None:
             scene.means.add_(displacement)
+        if self.state_decay and (share := self.state_decay.share(self.steps_taken)):
+            # A permutation: torch.multinomial refuses more than 2^24 rows.
+            rows = torch.randperm(len(scene), generator=self.generator)[:math.floor(share * len(scene))].to(scene.device)
+            for moments, keep in ((self.m, self.state_decay.keep_m), (self.v, self.state_decay.keep_v)):
+                for x in moments.values():
+                    x[rows] = x[rows] * keep
 
-    def follow(self, edit: Edit) -> None:
-        """Carries the moments through an edit: rows from `edit.source`, zero where fresh and for every row of a group in `edit.reset`."""
+    def follow(self, edit: Edit, fresh_steps: Literal["inherit", "zero"] = "inherit") -> None:
+        """Carries the state through an edit: rows from `edit.source`; moments are zero where fresh and in every row of a group in
+        `edit.reset`. Fresh rows inherit the step count of their source, so that their first steps are as large as those of Adam with
+        one counter for all; "zero" starts them at one learning rate a step."""
+        self.row_steps = self.row_steps[edit.source]
+        if fresh_steps == "zero":
+            self.row_steps[edit.fresh] = 0
         for moments in (self.m, self.v):
             for group in moments:
                 moments[group] = moments[group][edit.source]
@@ -92,7 +158,7 @@ class Adam:
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of everything that steps change, as a flat dict of tensors: what a safetensors file holds."""
         moments = {f"{kind}.{group}": x.clone() for kind in ("m", "v") for group, x in getattr(self, kind).items()}
-        return {"steps_taken": torch.tensor(self.steps_taken), **moments}
+        return {"steps_taken": torch.tensor(self.steps_taken), "row_steps": self.row_steps.clone(), "generator": self.generator.get_state(), **moments}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on exactly where `state_dict` was taken. Raises ValueError, with nothing changed, when it does not fit this optimiser."""
@@ -104,35 +170,57 @@ class Adam:
                 raise ValueError(f"optimiser state {name} is {x.dtype} {tuple(x.shape)}; "
                                  f"expected {mine[name].dtype} {tuple(mine[name].shape)}")
         self.steps_taken = int(state["steps_taken"])
+        self.row_steps.copy_(state["row_steps"])
+        self.generator.set_state(state["generator"])
         for kind in ("m", "v"):
             for group, x in getattr(self, kind).items():
                 x.copy_(state[f"{kind}.{group}"])
 
 
+_ATTRIBUTES = {"logit_opacities": "opacity", "log_scales": "scale"}
+Decay = tuple[str, float, float]        # "opacity" or "scale", strength over pixels, ceiling
+
+
 def adam_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Float[Tensor, " columns"], betas: tuple[float, float], eps: float,
-          step: int, visible: Bool[Tensor, " N"] | None = None) -> None:
-    """One Adam step in place on param, m, v [N, ...]; `step` counts from 1. Native on CPU tensors where the library is there."""
+          steps: int | Int[Tensor, " N"], visible: Bool[Tensor, " N"] | None = None, decay: Decay | None = None) -> None:
+    """One Adam step in place on param, m, v [N, ...]; `steps` counts from 1, for all rows or for each. Native on CPU tensors where the
+    library is there."""
     library = native.library_for(param)
     if library is None or not param.is_contiguous():
-        return adam_reference_(param, grad, m, v, rates, betas, eps, step, visible)
-    library.sk_adam(param.shape[0], rates.numel(), param, grad.contiguous(), m, v, rates, *betas, eps, step,
-                    None if visible is None else visible.to(torch.int32), 0)
+        return adam_reference_(param, grad, m, v, rates, betas, eps, steps, visible, decay)
+    attribute, strength, ceiling = decay or ("plain", 0.0, 0.0)
+    each = torch.stack(_corrections(steps, betas), dim=1).to(param) if isinstance(steps, Tensor) else None
+    library.sk_adam(param.shape[0], rates.numel(), param, grad.contiguous(), m, v, rates, *betas, eps, 1 if each is not None else steps, each,
+                    None if visible is None else visible.to(torch.int32), native.CONST[f"SK_{attribute.upper()}"], strength, ceiling, 0)
     torch.autograd.graph.increment_version((param, m, v))     # autograd cannot see a native write: a stale graph must fail, not mislead
 
 
 def adam_reference_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Float[Tensor, " columns"], betas: tuple[float, float],
-                    eps: float, step: int, visible: Bool[Tensor, " N"] | None = None) -> None:
-    """adam_ in plain torch: the definition (Kingma & Ba 2015, algorithm 1)."""
+                    eps: float, steps: int | Int[Tensor, " N"], visible: Bool[Tensor, " N"] | None = None, decay: Decay | None = None) -> None:
+    """adam_ in plain torch: the definition (Kingma & Ba 2015, algorithm 1; Ding et al. 2026 for `decay`)."""
+    per_row = lambda x: x.to(param).view(-1, *[1] * (param.ndim - 1))
+    correct1, correct2 = (per_row(c) for c in _corrections(torch.as_tensor(steps, device=param.device), betas))
     new_m = betas[0] * m + (1 - betas[0]) * grad
     new_v = betas[1] * v + (1 - betas[1]) * grad * grad
-    m_hat, v_hat = new_m / (1 - betas[0] ** step), new_v / (1 - betas[1] ** step)
-    new = param - rates.view(1, *param.shape[1:]) * m_hat / (v_hat.sqrt() + eps)
+    root = new_v.sqrt() * correct2 + eps
+    update = new_m * correct1 / root
+    if decay is not None:
+        attribute, strength, ceiling = decay
+        slope = torch.sigmoid(param) * torch.sigmoid(-param) if attribute == "opacity" else param.clamp(-30, 30).exp()
+        update = update + (strength * slope / root).clamp(max=ceiling)
+    new = param - rates.view(1, *param.shape[1:]) * update
     if visible is not None:
         rows = visible.view(-1, *[1] * (param.ndim - 1))
         new, new_m, new_v = new.where(rows, param), new_m.where(rows, m), new_v.where(rows, v)
     param.copy_(new)
     m.copy_(new_m)
     v.copy_(new_v)
+
+
+def _corrections(steps: Int[Tensor, "*N"], betas: tuple[float, float]) -> tuple[Float[Tensor, "*N"], Float[Tensor, "*N"]]:
+    """1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) in float64; rows that have taken no step, and so are not visible, get those of one."""
+    t = steps.clamp(min=1).double()
+    return 1 / (1 - betas[0] ** t), (1 - betas[1] ** t).rsqrt()
 
 
 def _per_column(rate: float | Tensor, field: Tensor, group: str) -> Float[Tensor, " columns"]:

@@ -47,8 +47,10 @@ static __global__ void blend_one(Gaussian2D<float> g, float cut, float* out) {
 }
 
 static __global__ void train_one(float* p, const float* in, int copies) {
-  const AdamStep<float> step = {0.9f, 0.999f, 1e-8f, 1, 1};
-  adam(p[0], in[0], p[1], p[2], 1e-3f, step);
+  const AdamStep<float> step = {0.9f, 0.999f, 0.1f, 0.001f, 1e-8f, 1e-8f, 10};
+  adam<PLAIN>(p[0], in[0], p[1], p[2], 1e-3f, 1.0f, 1.0f, step);
+  adam<OPACITY>(p[0], in[0], p[1], p[2], 1e-3f, 1.0f, 1.0f, step);
+  adam<SCALE>(p[0], in[0], p[1], p[2], 1e-3f, 1.0f, 1.0f, step);
   const Vec3<float> moved = mcmc_noise<float>({in[0], in[1], in[2], in[3]}, {in[4], in[5], in[6]}, in[7], {in[8], in[9], in[10]}, 0.1f);
   p[3] += moved.x + moved.y + moved.z;
   double each, factor;

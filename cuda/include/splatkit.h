@@ -73,8 +73,13 @@ SK_API int32_t sk_uplift(int64_t n, int32_t width, int32_t height, int32_t chann
 // v_image [H,W,3] (optional) gets the gradient of (1 - ssim_weight) L1 + ssim_weight (1 - SSIM).
 SK_API int32_t sk_l1_ssim(int32_t width, int32_t height, const real* image, const real* target, const real* mask, double ssim_weight, double* terms, real* v_image, void* stream);
 
-// Adam (Kingma & Ba 2015) in place on param [n,columns] with a learning rate per column; visible [n] optional: rows that are 0 are left untouched.
-SK_API int32_t sk_adam(int64_t n, int32_t columns, real* param, const real* grad, real* m, real* v, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const int32_t* visible, void* stream);
+// What AdamW-GS decays beside the step: nothing, sigmoid(param), exp(param).
+enum { SK_PLAIN = 0, SK_OPACITY = 1, SK_SCALE = 2 };
+
+// Adam (Kingma & Ba 2015) in place on param [n,columns] with a learning rate per column. Bias corrections 1 / (1 - beta1^t), 1 / sqrt(1 - beta2^t) are
+// of t = step, or row by row those of corrections [n,2] (optional). visible [n] optional: rows that are 0 are left untouched.
+// For SK_OPACITY and SK_SCALE a step also has learning rate x min(decay x d attribute / d param / (sqrt(v) correction + epsilon), decay_max) taken off.
+SK_API int32_t sk_adam(int64_t n, int32_t columns, real* param, const real* grad, real* m, real* v, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const real* corrections, const int32_t* visible, int32_t attribute, double decay, double decay_max, void* stream);
 
 // 3DGS-MCMC position noise in place (Kheradmand et al. 2024, eq. 9): means += Sigma (noise * gate(opacity) * scale), noise [n,3] standard normal.
 SK_API int32_t sk_mcmc_noise(int64_t n, real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* noise, double scale, void* stream);

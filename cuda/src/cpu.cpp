@@ -432,12 +432,13 @@ int32_t sk_l1_ssim(int32_t width, int32_t height, const real* image, const real*
   return guarded("sk_l1_ssim", [&] { return l1_ssim(width, height, image, target, mask, ssim_weight, terms, v_image), SK_OK; });
 }
 
-int32_t sk_adam(int64_t n, int32_t columns, real* param, const real* grad, real* m, real* v, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const int32_t* visible, void*) {
+int32_t sk_adam(int64_t n, int32_t columns, real* param, const real* grad, real* m, real* v, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const real* corrections, const int32_t* visible, int32_t attribute, double decay, double decay_max, void*) {
   return guarded("sk_adam", [&] {
     double power1 = 1, power2 = 1;
     for (int64_t i = 0; i < step && (power1 > 1e-30 || power2 > 1e-30); i++) power1 *= beta1, power2 *= beta2;
-    const AdamStep<real> s = {(real)beta1, (real)beta2, (real)(1 - beta1), (real)(1 - beta2), (real)epsilon, (real)(1 / (1 - power1)), (real)(1 / sk::sqrt(1 - power2))};
-    return adam_rows(n, columns, param, grad, m, v, learning_rates, s, visible), SK_OK;
+    const AdamStep<real> s = {(real)beta1, (real)beta2, (real)(1 - beta1), (real)(1 - beta2), (real)epsilon, (real)decay, (real)decay_max};
+    adam_rows(n, columns, param, grad, m, v, learning_rates, s, attribute, (real)(1 / (1 - power1)), (real)(1 / sk::sqrt(1 - power2)), corrections, visible);
+    return SK_OK;
   });
 }
 

@@ -1,6 +1,7 @@
 // What training needs beside the rasterizer: photometric loss, Adam, MCMC. Loops only; the formulas are in sk/.
 #include "cpu_train.h"
 
+#include <type_traits>
 #include <vector>
 
 #include "cpu_memory.h"
@@ -139,39 +140,85 @@ void l1_ssim(int width, int height, const real* image, const real* target, const
   });
 }
 
-void adam_rows(int64_t n, int columns, real* param, const real* grad, real* m, real* v, const real* rates, const AdamStep<real>& step, const int32_t* visible) {
+namespace {
+
+// Every row alike: the rows are one long vector.
+template <int attribute> void adam_evenly(int64_t n, int columns, real* param, const real* grad, real* m, real* v, const real* rates, const AdamStep<real>& step, real correct1, real correct2) {
   const int64_t rows_per_task = 16384 / columns + 1;
   std::vector<real> pattern((size_t)columns * W);   // learning rates of W whole rows
   for (size_t i = 0; i < pattern.size(); i++) pattern[i] = rates[i % columns];
   parallel((n + rows_per_task - 1) / rows_per_task, [&](int64_t task, int) {
-    const int64_t first = task * rows_per_task, last = first + rows_per_task < n ? first + rows_per_task : n;
-    auto scalars = [&](int64_t i, int64_t end) {
-      for (; i < end; i++) adam(param[i], grad[i], m[i], v[i], rates[i % columns], step);
-    };
-    auto lanes = [&](int64_t i, const real* rate) {
+    const int64_t first = task * rows_per_task, last = first + rows_per_task < n ? first + rows_per_task : n, end = last * columns;
+    int64_t i = first * columns;
+    size_t at = 0;
+    for (; i + W <= end; i += W) {
       Lanes p = load(param + i), mi = load(m + i), vi = load(v + i);
-      adam(p, load(grad + i), mi, vi, load(rate), step);
+      adam<attribute>(p, load(grad + i), mi, vi, load(pattern.data() + at), splat(correct1), splat(correct2), step);
       store(param + i, p);
       store(m + i, mi);
       store(v + i, vi);
-    };
-    if (visible) {
-      for (int64_t row = first; row < last; row++) {
-        if (!visible[row]) continue;
-        int c = 0;
-        for (; c + W <= columns; c += W) lanes(row * columns + c, rates + c);
-        scalars(row * columns + c, (row + 1) * columns);
-      }
-      return;
-    }
-    int64_t i = first * columns, end = last * columns;
-    size_t at = 0;
-    for (; i + W <= end; i += W) {
-      lanes(i, pattern.data() + at);
       at = at + W == pattern.size() ? 0 : at + W;
     }
-    scalars(i, end);
+    for (; i < end; i++) adam<attribute>(param[i], grad[i], m[i], v[i], rates[i % columns], correct1, correct2, step);
   });
+}
+
+// Rows with corrections of their own, some of them left untouched: visible ones are gathered, W numbers at a time.
+template <int attribute> void adam_row_by_row(int64_t n, int columns, real* param, const real* grad, real* m, real* v, const real* rates, const AdamStep<real>& step, real correct1, real correct2, const real* corrections, const int32_t* visible) {
+  const int64_t rows_per_task = 16384 / columns + 1;
+  parallel((n + rows_per_task - 1) / rows_per_task, [&](int64_t task, int) {
+    const int64_t first = task * rows_per_task, last = first + rows_per_task < n ? first + rows_per_task : n;
+    int64_t place[W];
+    real p[W] = {}, g[W] = {}, mi[W] = {}, vi[W] = {}, rate[W] = {}, c1[W] = {}, c2[W] = {};
+    int held = 0;
+    auto flush = [&] {
+      Lanes pl = load(p), ml = load(mi), vl = load(vi);
+      adam<attribute>(pl, load(g), ml, vl, load(rate), load(c1), load(c2), step);
+      store(p, pl);
+      store(mi, ml);
+      store(vi, vl);
+      for (int k = 0; k < held; k++) param[place[k]] = p[k], m[place[k]] = mi[k], v[place[k]] = vi[k];
+      held = 0;
+    };
+    for (int64_t row = first; row < last; row++) {
+      if (visible && !visible[row]) continue;
+      const real one = corrections ? corrections[2 * row] : correct1, two = corrections ? corrections[2 * row + 1] : correct2;
+      int c = 0;
+      for (; c + W <= columns; c += W) {
+        const int64_t i = row * columns + c;
+        Lanes pl = load(param + i), ml = load(m + i), vl = load(v + i);
+        adam<attribute>(pl, load(grad + i), ml, vl, load(rates + c), splat(one), splat(two), step);
+        store(param + i, pl);
+        store(m + i, ml);
+        store(v + i, vl);
+      }
+      for (; c < columns; c++) {
+        const int64_t i = row * columns + c;
+        place[held] = i;
+        p[held] = param[i], g[held] = grad[i], mi[held] = m[i], vi[held] = v[i], rate[held] = rates[c], c1[held] = one, c2[held] = two;
+        if (++held == W) flush();
+      }
+    }
+    if (held) flush();
+  });
+}
+
+}  // namespace
+
+void adam_rows(int64_t n, int columns, real* param, const real* grad, real* m, real* v, const real* rates, const AdamStep<real>& step, int attribute, real correct1, real correct2, const real* corrections, const int32_t* visible) {
+  auto run = [&](auto which) {
+    constexpr int a = decltype(which)::value;
+    if (corrections || visible)
+      adam_row_by_row<a>(n, columns, param, grad, m, v, rates, step, correct1, correct2, corrections, visible);
+    else
+      adam_evenly<a>(n, columns, param, grad, m, v, rates, step, correct1, correct2);
+  };
+  if (attribute == OPACITY)
+    run(std::integral_constant<int, OPACITY>());
+  else if (attribute == SCALE)
+    run(std::integral_constant<int, SCALE>());
+  else
+    run(std::integral_constant<int, PLAIN>());
 }
 
 void mcmc_noise_rows(int64_t n, real* means, const real* quats, const real* log_scales, const real* logits, const real* noise, real scale) {

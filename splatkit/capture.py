@@ -13,6 +13,17 @@ from .camera import Cameras
 
 
 @dataclass(frozen=True)
+class Lens:
+    """The camera of stored pixels that are distorted; io.lens has the arithmetic."""
+
+    model: str                                  # COLMAP's name: SIMPLE_RADIAL, OPENCV, OPENCV_FISHEYE, ...
+    K: Float[Array, "3 3"]                      # pixels of width x height, the size as stored
+    width: int
+    height: int
+    params: dict[str, float]                    # distortion coefficients by COLMAP's names; one that is absent is 0
+
+
+@dataclass(frozen=True)
 class Photo:
     """One posed photo on disk. Pixels are read when they are needed (io.photos.load_image), never here."""
 
@@ -24,6 +35,7 @@ class Photo:
     world_to_cam: Float[Array, "4 4"]           # OpenCV axes
     mask: Path | None = None                    # 8-bit image of the photo's size; 0 = pixel is ignored
     exposure_group: int = 0
+    lens: Lens | None = None                    # the stored pixels came through it; K, width and height are of the ideal picture
 
     def camera(self, dtype=torch.float32) -> Cameras:
         """This photo's view, C = 1."""

@@ -85,11 +85,10 @@ def test_a_simple_pinhole_and_a_lens_whose_distortion_is_zero_are_taken(tmp_path
 
 
 @pytest.mark.parametrize(("camera", "why"), [
-    (("SIMPLE_RADIAL", 32, 24, (30.0, 16.0, 12.0, 0.02)), "camera 1 .SIMPLE_RADIAL.: lens distortion k=0.02: undistort first"),
-    (("OPENCV_FISHEYE", 32, 24, (30.0, 31.0, 16.0, 12.0, 0.0, 0.0, 0.0, 0.0)), "lens distortion of the model itself: undistort"),
+    (("FISHEYE", 32, 24, (30.0, 31.0, 16.0, 12.0)), "camera 1 .FISHEYE.: lens distortion of the model itself: undistort first"),
     (("PINHOLE", 32, 24, (0.0, 31.0, 16.0, 12.0)), "focal lengths must be above 0"),
     (("PINHOLE", 32, 24, (30.0, -31.0, 16.0, 12.0)), "focal lengths must be above 0")])
-def test_a_lens_that_is_no_pinhole_is_refused_with_its_values(tmp_path, camera, why):
+def test_a_lens_of_unknown_formula_or_without_a_focal_length_is_refused_with_its_values(tmp_path, camera, why):
     with pytest.raises(BadFile, match=why) as error:
         load_capture(write_capture(tmp_path, {1: camera}))
     assert error.value.path == tmp_path / "sparse/0/cameras.bin"

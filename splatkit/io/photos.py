@@ -1,4 +1,4 @@
-"""Posed photos from a COLMAP folder, and their pixels."""
+"""Posed photos from a COLMAP folder, and the pixels of any photo."""
 from __future__ import annotations
 
 import dataclasses
@@ -19,7 +19,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from ..capture import Capture, Photo
 from ..errors import BadFile
-from . import colmap
+from . import colmap, lens
 from .reading import Report, opened, silent
 
 MODEL_FOLDERS = ("sparse/0", "sparse", "colmap/sparse/0", ".")     # where a COLMAP model is looked for, in this order
@@ -35,16 +35,22 @@ _UNTURN = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
 
 
 def load_capture(folder: str | os.PathLike, report: Report = silent) -> Capture:
-    """The photos of `folder`/images that a COLMAP model in `folder` has posed, sorted by name, with its points.
+    """The photos of `folder`/images that a COLMAP model in `folder` has posed, sorted by name, with its points. A folder without a model
+    but with a transforms.json or transforms_train.json is read by io.transforms.load_transforms instead.
 
     Only the headers of the photos are read. Where a photo has another size than its camera but the same shape (within a pixel), K is
-    scaled by the exact ratios and `report` is told. Raises BadFile naming the file: no model or photo, a photo that is no JPEG, PNG,
-    WebP or TIFF or lies outside of images/, a pose or focal length that cannot be used, a lens that is not an ideal pinhole.
+    scaled by the exact ratios and `report` is told, as it is of lens distortion: such a photo has the K and the size of its undistorted
+    picture. Raises BadFile naming the file: no model or photo, a photo that is no JPEG, PNG, WebP or TIFF or lies outside of images/, a
+    pose, focal length or lens that cannot be used.
     """
     folder = Path(folder)
     model_folder = next((folder / name for name in MODEL_FOLDERS if colmap.find_model(folder / name)), None)
     if model_folder is None:
-        raise BadFile(folder, "", f"no COLMAP model: no cameras.bin or cameras.txt in {', '.join(MODEL_FOLDERS)}")
+        # Imported here, for that page checks its photos with this one.
+        from .transforms import FILES, find_transforms, load_transforms
+        if find_transforms(folder):
+            return load_transforms(folder, report)
+        raise BadFile(folder, "", f"no COLMAP model: no cameras.bin or cameras.txt in {', '.join(MODEL_FOLDERS)}; no {' or '.join(FILES)}")
     root = folder / "images"
     if not os.path.isdir(root):
         raise BadFile(root, "", "no such folder; the photos are expected there")
@@ -75,15 +81,17 @@ def half_size(photo: Photo, factor: int = 2) -> Photo:
 def load_image(photo: Photo, width: int | None = None, height: int | None = None) -> Float[Array, "H W 3"]:
     """The photo's pixels, float32 RGB in [0, 1] as encoded (sRGB, no colour management), alpha dropped.
 
-    The size is the photo's own unless given; a smaller one is the exact area average of the stored pixels. A photo is turned by its
-    EXIF orientation only where its stored size contradicts the camera. Raises BadFile when the file is cut, damaged or has another shape.
+    The size is the photo's own unless given; a smaller one is the exact area average of the stored pixels, of the undistorted ones
+    (lens.remap to lens.ideal_camera) where the photo has a lens. A photo is turned by its EXIF orientation only where its stored size
+    contradicts the camera. Raises BadFile when the file is cut, damaged or has another shape.
     """
-    width, height = width or photo.width, height or photo.height
+    width, height, camera = width or photo.width, height or photo.height, photo.lens or photo
     with _photo_file(photo.path) as image:
         stored, orientation = _stored(image)
         turn = _turn(photo, stored, orientation)
-        if not _same_shape(stored if turn is None else stored[::-1], (photo.width, photo.height)):
-            raise BadFile(photo.path, "", f"is {stored[0]}x{stored[1]}, which is not the shape of its camera, {photo.width}x{photo.height}")
+        if not _same_shape(stored if turn is None else stored[::-1], (camera.width, camera.height)):
+            size = f"{camera.width}x{camera.height}"
+            raise BadFile(photo.path, "", f"is {stored[0]}x{stored[1]}, which is not the shape of its camera, {size}")
         image.load()
         if not (image.mode in _MODES or image.mode.startswith("I;16")):
             raise BadFile(photo.path, "", f"has pixels of kind {image.mode!r}; expected 8 bits, or 16 bits of grey")
@@ -96,6 +104,11 @@ def load_image(photo: Photo, width: int | None = None, height: int | None = None
         pixels = np.asarray(image if image.mode == "RGB" or scale > 255 else image.convert("RGB"))
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    if photo.lens is not None:
+        if pixels.shape[:2] != (photo.lens.height, photo.lens.width):       # changed on disk since the capture was loaded
+            pixels = area_average(pixels, photo.lens.width, photo.lens.height)
+        pixels = lens.remap(np.divide(pixels, scale, dtype=np.float32), photo.lens, *lens.ideal_camera(photo.lens))
+        pixels, scale = np.minimum(pixels, 1, out=pixels), np.float32(1)        # four weights may add up to 1 + 1e-7
     if pixels.shape[:2] == (height, width):
         return np.divide(pixels, scale, dtype=np.float32)
     out = area_average(pixels, width, height)
@@ -144,44 +157,61 @@ def _resized(photo: Photo, width: int, height: int) -> Photo:
 
 def _photo(image: colmap.ColmapImage, camera: colmap.ColmapCamera, cameras_path: Path, root: Path, notes: Counter[str]) -> Photo:
     where = f"camera {image.camera_id} ({camera.model})"
-    if not camera.is_pinhole:
+    if not camera.is_pinhole and camera.model not in lens.MODELS:
         bent = ", ".join(f"{name}={value:g}" for name, value in camera.distortion.items() if value)
         raise BadFile(cameras_path, where, f"lens distortion {bent or 'of the model itself'}: undistort first (colmap image_undistorter)")
     params = camera.params
     fx, fy = (params.get(name, params.get("f")) for name in ("fx", "fy"))
     if not (0 < fx < 1e9 and 0 < fy < 1e9 and abs(params["cx"]) < 1e9 and abs(params["cy"]) < 1e9):
         raise BadFile(cameras_path, where, f"{params}: the focal lengths must be above 0 and all below 1e9 pixels")
-    path = _inside(root, image.name)
-    with _photo_file(path) as picture:
-        stored, orientation = _stored(picture)
     K = np.array([[fx, 0, params["cx"]], [0, fy, params["cy"]], [0, 0, 1.0]])
-    photo = Photo(image.name, path, K, camera.width, camera.height, _world_to_cam(image))
+    photo = fitted(Photo(image.name, _inside(root, image.name), K, camera.width, camera.height, _world_to_cam(image)), where, notes)
+    return photo if camera.is_pinhole else undistorted(photo, camera.model, camera.distortion, cameras_path, where, notes)
+
+
+def undistorted(photo: Photo, model: str, params: dict[str, float], path: Path, where: str, notes: Counter[str]) -> Photo:
+    """`photo`, whose K and size are of the stored pixels, as the ideal picture behind its lens. BadFile(path, where) when there is none."""
+    try:
+        ideal = lens.through_lens(photo, model, params)
+    except ValueError as e:
+        raise BadFile(path, where, str(e)) from e
+    notes[f"are undistorted ({model}): {photo.width}x{photo.height} -> {ideal.width}x{ideal.height}"] += 1
+    return ideal
+
+
+def fitted(photo: Photo, where: str, notes: Counter[str]) -> Photo:
+    """`photo`, whose size and K are those of its camera, at the size of the picture on disk; `notes` counts what the user should know.
+
+    Only the picture's header is read. Raises BadFile when it cannot be used or has another shape than its camera, which `where` names.
+    """
+    with _photo_file(photo.path) as picture:
+        stored, orientation = _stored(picture)
     turn = _turn(photo, stored, orientation)
     size = stored[::-1] if turn is not None else stored
     if turn is not None:
         notes["are turned as their EXIF orientation says"] += 1
     elif orientation in range(2, 9):
         notes["have an EXIF orientation that is ignored: their cameras have the size as stored"] += 1
-    if size == (camera.width, camera.height):
+    if size == (photo.width, photo.height):
         return photo
-    if not _same_shape(size, (camera.width, camera.height)):
-        raise BadFile(path, "", f"is {stored[0]}x{stored[1]}, which is not the shape of {where}, {camera.width}x{camera.height}")
-    notes[f"are {size[0]}x{size[1]} where the cameras say {camera.width}x{camera.height}: intrinsics scaled to fit"] += 1
+    if not _same_shape(size, (photo.width, photo.height)):
+        raise BadFile(photo.path, "", f"is {stored[0]}x{stored[1]}, which is not the shape of {where}, {photo.width}x{photo.height}")
+    notes[f"are {size[0]}x{size[1]} where the cameras say {photo.width}x{photo.height}: intrinsics scaled to fit"] += 1
     return _resized(photo, *size)
 
 
-def _inside(root: Path, name: str) -> Path:
-    """The file that a model's image name means. No name leads out of the folder, not even through a link."""
+def _inside(root: Path, name: str, folder: str = "the images folder") -> Path:
+    """The file that a name in a model means. No name leads out of the folder, not even through a link."""
     for flavour in (PurePosixPath(name), PureWindowsPath(name)):
         if flavour.is_absolute() or flavour.drive or ".." in flavour.parts:
-            raise BadFile(root, name, "an image name must lie below the images folder")
+            raise BadFile(root, name, f"a name must lie below {folder}")
     path = root / name
     try:
         inside = path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError, ValueError) as e:        # a loop of links, a name too long
         raise BadFile(root, name, f"cannot be found: {e}") from e
     if not inside:
-        raise BadFile(path, "", "is a link to outside of the images folder; copy the photo there")
+        raise BadFile(path, "", f"is a link to outside of {folder}; copy the file there")
     return path
 
 
@@ -231,7 +261,7 @@ def _stored(image: Image.Image) -> tuple[tuple[int, int], int]:
 
 def _turn(photo: Photo, stored: tuple[int, int], orientation: int) -> Image.Transpose | None:
     """How the stored picture must be turned to have its camera's shape: only if it must, for COLMAP's sizes are those of stored pixels."""
-    expected = (photo.width, photo.height)
+    expected = (photo.lens or photo).width, (photo.lens or photo).height
     if orientation not in _TURN or stored == expected:
         return None
     if stored[::-1] == expected or not _same_shape(stored, expected) and _same_shape(stored[::-1], expected):

@@ -12,12 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from . import __version__, config
-from .errors import SplatkitError
+from .errors import BadFile, SplatkitError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,6 +99,62 @@ def evaluate(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RU
     return 0
 
 
+def render(
+    scene: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SCENE")]],
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="OUT")] = None,
+    path: Annotated[str | None, tyro.conf.arg(metavar="orbit|capture|FILE.json")] = None,
+    frames: int | None = None,
+    fps: float | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    outputs: tuple[Literal["color", "depth", "alpha", "normals"], ...] = ("color",),
+    exact: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Film a scene along a camera path.
+
+    Args:
+        scene: A .ply, or a run folder of `splatkit reconstruct`.
+        output: .mp4 (needs the extra `video`), .webp, or a folder of PNGs without suffix; default: beside the scene.
+        path: An orbit, the way through the run's photos, or a path file; default: capture where the photos are found, else orbit.
+        frames: Pictures in the film; default: 120, or those of the path file.
+        fps: Pictures per second; default: 30, or that of the path file.
+        width: Pixels; default: that of the photos (at most 1920), of the path file, or 1280.
+        height: Pixels; default: follows from the width.
+        outputs: What to draw; what is not color goes to files beside OUT, as in OUT.depth.mp4.
+        exact: Write depth also as one float32 .npy per picture.
+    """
+    from . import film, io, paths
+    from .raster import RasterSettings
+
+    settings, photos, file = None, None, scene
+    if scene.is_dir():
+        if not (scene / "config.yaml").is_file():
+            raise BadFile(scene, "config.yaml", "no such file; expected a run folder of `splatkit reconstruct` or a .ply")
+        settings, file = config.load_yaml(scene / "config.yaml", config.Reconstruct), scene / "scene.ply"
+    gaussians, header = io.load(file)
+    if unknown := set(header.settings) - set(RasterSettings.__dataclass_fields__):
+        raise BadFile(file, "header", f"must be drawn with {', '.join(sorted(unknown))}, which this version does not know")
+    if settings:
+        try:
+            photos = paths.photo_cameras(settings)
+        except BadFile as why:
+            if path == "capture":
+                raise
+            print(f"the run's photos cannot be used: {why}", file=sys.stderr)
+    views = paths.choose(path, gaussians, header.up, photos, frames, fps, width, height)
+    output = output or (scene / "film" if settings else scene).with_suffix(film.default_suffix())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    background = gaussians.means.new_tensor(settings.background) if settings else None
+    progress = Progress(len(views.cameras))
+    try:
+        files = film.film_scene(output, gaussians, views.cameras, views.fps, outputs, exact, background=background,
+                                settings=RasterSettings(**header.settings), report=progress)
+    finally:
+        progress.close()
+    print("\n".join(f"film: {name}" for name in files))
+    return 0
+
+
 def demo(output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")] = Path("runs/demo")) -> int:
     """Photograph a procedural room, reconstruct it, say how well and where the picture is. Needs no download.
 
@@ -127,7 +183,7 @@ def doctor() -> int:
     return 0 if doctor.can_render() else 1
 
 
-VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "doctor": doctor, "demo": demo}
+VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "doctor": doctor, "demo": demo}
 
 
 class Progress:

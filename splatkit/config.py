@@ -70,6 +70,66 @@ class MCMC:
 
 
 @dataclass(frozen=True)
+class ADC:
+    """Densification by cloning, splitting and pruning (Kerbl et al. 2023)."""
+
+    start: int = 500
+    """First step at which Gaussians are cloned, split and pruned."""
+    stop_fraction: float = 0.5
+    """Share of the steps after which none are."""
+    every: int = 100
+    """Steps between two rounds."""
+    grad_threshold: float = 2e-4
+    """Mean screen gradient from which a Gaussian grows."""
+    absgrad: bool = False
+    """Judge by sums of absolute gradients per pixel (AbsGS); wants a threshold of about 8e-4."""
+    split_scale: float = 0.01
+    """Gaussians larger than this, times the scene's extent, are split instead of cloned."""
+    prune_opacity: float = 0.005
+    """Gaussians below this opacity are removed."""
+    reset_every: int = 3000
+    """Steps between two lowerings of all opacities to 0.01; 0 never does. After the first, Gaussians larger than a tenth of the extent are removed too."""
+    clone_opacity_correction: bool = False
+    """Give a clone and its source the opacities that keep the picture."""
+    init_opacity: float = 0.1
+    """Opacity of the first Gaussians."""
+    init_scale: float = 1.0
+    """Standard deviation of the first Gaussians, times the distance to their neighbours."""
+
+
+@dataclass(frozen=True)
+class AdamWGS:
+    """What AdamW-GS adds to Adam (Ding et al. 2026). Windows are shares of the steps."""
+
+    sparse: bool = False
+    """Step only the Gaussians that the picture shows."""
+    attribute_decay: bool = False
+    """Let opacities and scales that the photos do not hold shrink, beside the moments (DAR)."""
+    state_decay: bool = False
+    """Shrink the moments of a random share of the Gaussians now and then (RSR)."""
+    opacity_strength: float = 1e-2
+    """Of the decay of opacities, over the pixels of a photo."""
+    scale_strength: float = 1e-4
+    """Of the decay of scales, over the pixels of a photo."""
+    ceiling: float = 10.0
+    """Most that the decay adds to a step, times the learning rate."""
+    opacity_from: float = 0.1
+    """Share of the steps from which opacities decay."""
+    scale_from: float = 1 / 30
+    """Share of the steps from which scales and moments decay."""
+    until: float = 0.5
+    """Share of the steps until which all three last."""
+    state_every: int = 100
+    """Steps between two shrinkings of moments."""
+    state_share: float = 0.1
+    """Share of the Gaussians whose moments shrink."""
+    state_share_late: float = 0.1
+    """The same from state_late_from on; 0.3 suits scenes of a million Gaussians."""
+    state_late_from: float = 0.233
+    """Share of the steps from which state_share_late holds."""
+
+
+@dataclass(frozen=True)
 class Reconstruct:
     """Fit a scene to posed photos."""
 
@@ -87,6 +147,8 @@ class Reconstruct:
     """The scene grows up to this many Gaussians."""
     downscale: float = 1
     """Photos are area-averaged to 1/downscale of their size."""
+    max_side: int = 0
+    """Photos whose longer side is above this many pixels are made smaller still; 0 leaves them."""
     hold_every: int = 8
     """Photos 0, n, 2n, ... by name are held out for evaluation; 0 holds out none."""
     ssim_weight: float = 0.2
@@ -97,16 +159,25 @@ class Reconstruct:
     """The same seed on the same CPU gives the same scene, bit by bit."""
     coarse_fraction: float = 0.0
     """Share of the steps, from the first, that work on half-size pictures."""
-    save_every: int = 5000
-    """Steps between two writings of scene.ply."""
+    save_every: int = 1000
+    """Steps between two writings of scene.ply and of a checkpoint."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run folder; on a CPU the result is that of a run without a break, bit by bit."""
     backend: str = "auto"
     """Rasterizer; `splatkit doctor` lists those that run here."""
+    antialias: bool = False
+    """Draw small Gaussians fainter instead of thicker (the 2D filter of Mip-Splatting)."""
+    densification: Literal["mcmc", "adc", "none"] = "mcmc"
+    """How the number of Gaussians grows: relocation and noise, clone and split, or not at all."""
     lr: LearningRates = field(default_factory=LearningRates)
     mcmc: MCMC = field(default_factory=MCMC)
+    adc: ADC = field(default_factory=ADC)
+    adamw: AdamWGS = field(default_factory=AdamWGS)
 
     def __post_init__(self):
         _require(self, "1 or more", steps=self.steps >= 1, save_every=self.save_every >= 1, sh_every=self.sh_every >= 1, max_gaussians=self.max_gaussians >= 1)
         _require(self, "1 or more, and finite", downscale=1 <= self.downscale < 1e4)
+        _require(self, "0 or at least 16", max_side=self.max_side == 0 or self.max_side >= 16)
         _require(self, "0 or at least 2", hold_every=self.hold_every >= 0 and self.hold_every != 1)
         _require(self, "0 to 1", ssim_weight=0 <= self.ssim_weight <= 1, coarse_fraction=0 <= self.coarse_fraction <= 1, background=all(0 <= c <= 1 for c in self.background))
         _require(self, "0 to 2^63 - 1", seed=0 <= self.seed < 2 ** 63)

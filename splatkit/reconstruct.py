@@ -1,15 +1,18 @@
 """Posed photos to a scene: `reconstruct` optimises, `evaluate` compares with the photos that were held out."""
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from . import config as configs
@@ -17,12 +20,14 @@ from . import io
 from .camera import Cameras
 from .capture import Capture, Photo, SceneHeader
 from .config import Reconstruct
-from .density import from_points, mcmc_noise, relocate_and_grow
-from .errors import BackendUnavailable, BadFile
+from .density import from_points
+from .errors import BackendUnavailable, BadConfig, BadFile
+from .growth import KINDS, Fixed
+from .io import checkpoint
 from .io.atomic import replacing
 from .io.photos import load_capture, load_image
 from .metrics import l1_ssim, psnr, ssim
-from .optim import Adam, exponential_decay, sh_learning_rates
+from .optim import Adam, AttributeDecay, StateDecay, exponential_decay, sh_learning_rates
 from .raster import RasterSettings, backends, render
 from .scene import Scene
 
@@ -51,9 +56,11 @@ class Views:
 
     capture: Capture
     downscale: float
+    max_side: int = 0       # pixels; 0 = any
 
     def size(self, photo: Photo) -> tuple[int, int]:
-        return max(1, math.floor(photo.width / self.downscale)), max(1, math.floor(photo.height / self.downscale))
+        factor = max(self.downscale, max(photo.width, photo.height) / self.max_side if self.max_side else 1)
+        return max(1, math.floor(photo.width / factor)), max(1, math.floor(photo.height / factor))
 
     def camera(self, i: int) -> Cameras:
         photo = self.capture.photos[i]
@@ -64,16 +71,49 @@ class Views:
         return torch.from_numpy(load_image(photo, *self.size(photo)))
 
 
-def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **k: None) -> Evaluation | None:
-    """Fits a scene to the photos of `config.data` and writes the run folder: config.yaml, metrics.jsonl, scene.ply, eval/.
+@dataclass
+class Fit:
+    """Everything that the steps of a run change."""
 
-    The scene lives in the world of the photos' poses. `report(step, gaussians, **numbers)` is called after every step. On Ctrl-C the
+    scene: Scene
+    adam: Adam
+    growth: Fixed
+    order: torch.Generator      # shuffles the photos
+    queue: list[int]            # those still to come in this round
+    step: int = 0
+
+    def save(self, folder: Path, values: dict) -> None:
+        parts = {"scene": self.scene.detach().fields(), "adam": self.adam.state_dict(), "growth": self.growth.state_dict(),
+                 "order": {"generator": self.order.get_state(), "queue": torch.tensor(self.queue, dtype=torch.int64)}}
+        folder.mkdir(exist_ok=True)
+        checkpoint.save(folder, self.step, {f"{part}.{name}": x for part, state in parts.items() for name, x in state.items()}, values)
+
+    @staticmethod
+    def first(scene: Scene, growth: Fixed, config: Reconstruct, extent: float) -> Fit:
+        return Fit(scene, _optimiser(scene, config, extent), growth, torch.Generator().manual_seed(config.seed), [])
+
+    @staticmethod
+    def resumed(saved: checkpoint.Checkpoint, growth: Fixed, config: Reconstruct, extent: float) -> Fit:
+        part = lambda name: {k.removeprefix(name): x for k, x in saved.tensors.items() if k.startswith(name)}
+        fit = Fit.first(Scene(**part("scene.")), growth, config, extent)
+        fit.adam.load_state_dict(part("adam."))
+        fit.growth.load_state_dict(part("growth."))
+        fit.order.set_state(saved.tensors["order.generator"])
+        fit.queue, fit.step = saved.tensors["order.queue"].tolist(), saved.step
+        return fit
+
+
+def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **k: None) -> Evaluation | None:
+    """Fits a scene to the photos of `config.data` and writes the run folder: config.yaml, metrics.jsonl, checkpoint/, scene.ply, eval/.
+
+    The scene lives in the world of the photos' poses. `report(step, gaussians, **numbers)` is called every hundred steps. On Ctrl-C the
     scene so far is written before KeyboardInterrupt goes on. Returns the evaluation, None when no photo is held out.
 
-    Raises BadFile for what is wrong with the photos or poses, BackendUnavailable where only the slow reference could draw.
+    Raises BadFile for what is wrong with the photos or poses or where another process works in the run folder, BadConfig where a
+    checkpoint to resume was made with other settings, BackendUnavailable where only the slow reference could draw.
     """
     _check_backend(config.backend)
-    views = Views(load_capture(config.data), config.downscale)
+    views = Views(load_capture(config.data), config.downscale, config.max_side)
     train, held = views.capture.split(config.hold_every)
     if not train:
         raise BadFile(config.data, "", f"{len(held)} photos and all are held out; add photos or set --hold-every 0")
@@ -81,56 +121,87 @@ def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **
         raise BadFile(config.data, "points3D", "no sparse points to start from")
     run = config.output
     run.mkdir(parents=True, exist_ok=True)
-    configs.save(config, run / "config.yaml")
+    with checkpoint.lock(run):
+        scene = _fit(views, train, config, report)
+        return _evaluate(views, held, scene, config, run / "eval") if held else None
 
+
+def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[..., None]) -> Scene:
+    run, start = config.output, time.monotonic()
     cameras = {i: views.camera(i) for i in train}
     bytes_per_photo = 12 * max(c.width * c.height for c in cameras.values())
     image = functools.lru_cache(max(1, PHOTO_CACHE_BYTES // bytes_per_photo))(views.image)
-    header = SceneHeader(RasterSettings().changed(), _up(cameras), False, config.data.resolve().name)
-    scene, start, last_saved = _first_scene(views.capture, config), time.monotonic(), 0
-    extent = _extent(cameras)
-    adam = Adam(scene, _rates(config, extent))
-    order, generator = torch.Generator().manual_seed(config.seed), torch.Generator().manual_seed(config.seed + 1)
-    queue: list[int] = []
-    background = torch.tensor(config.background)
-    mcmc = config.mcmc
+    settings, extent, background = _settings(config), _extent(cameras), torch.tensor(config.background)
+    up, source = _up(cameras), config.data.resolve().name
+    growth = KINDS[config.densification](config, extent, min(len(views.capture.points), config.max_gaussians))
+    made_with = {"config": configs.to_yaml(dataclasses.replace(config, data=Path(), output=Path(), resume=False)), "photos": [views.capture.photos[i].name for i in train]}
+    saved = checkpoint.load(run / "checkpoint") if config.resume and (run / "checkpoint").is_dir() else None
+    if saved:
+        _check_same_run(saved, made_with)
+        fit = Fit.resumed(saved, growth, config, extent)
+    else:
+        shutil.rmtree(run / "checkpoint", ignore_errors=True)
+        fit = Fit.first(_first_scene(views.capture, config, growth), growth, config, extent)
+    configs.save(config, run / "config.yaml")
+    _keep_lines(run / "metrics.jsonl", fit.step)
 
-    def save(step: int) -> None:
-        io.save(run / "scene.ply", scene.detach(), SceneHeader(header.settings, header.up, header.metric, header.source, step))
+    def save() -> None:
+        io.save(run / "scene.ply", fit.scene.detach(), SceneHeader(settings.changed(), up, False, source, fit.step))
 
-    step = 0
     try:
-        with (run / "metrics.jsonl").open("w") as log:
-            for step in range(1, config.steps + 1):
-                queue = queue or [train[i] for i in torch.randperm(len(train), generator=order).tolist()]
-                i = queue.pop()
+        with (run / "metrics.jsonl").open("a") as log:
+            for step in range(fit.step + 1, config.steps + 1):
+                fit.queue = fit.queue or [train[i] for i in torch.randperm(len(train), generator=fit.order).tolist()]
+                i = fit.queue.pop()
                 camera, photo = _at_step(cameras[i], image(i), step / config.steps, config)
-                scene.requires_grad_()
-                out = render(scene, camera, background=background, sh_degree=min(scene.sh_degree, (step - 1) // config.sh_every), backend=config.backend)
+                scene = fit.scene.requires_grad_()
+                out = render(scene, camera, background=background, sh_degree=min(scene.sh_degree, (step - 1) // config.sh_every), settings=settings,
+                             stats=growth.stats, backend=config.backend)
                 loss = l1_ssim(out.color[0], photo, config.ssim_weight)
                 grads = dict(zip(scene.fields(), torch.autograd.grad(loss, list(scene.fields().values()))))
                 scene = scene.detach()
-                _add_regularisers(grads, scene, mcmc.opacity_reg, mcmc.scale_reg)
+                growth.regularise(grads, scene)
                 rate = exponential_decay(step, config.steps, config.lr.means, config.lr.means_final) * extent
-                adam.step(scene, grads, learning_rates={"means": rate}, displacement=mcmc_noise(scene, rate, mcmc.noise, generator))
-                if mcmc.start <= step <= mcmc.stop_fraction * config.steps and step % mcmc.every == 0:
-                    scene, edit = relocate_and_grow(scene, config.max_gaussians, mcmc.growth, mcmc.dead_opacity, generator)
-                    adam.follow(edit)
+                fit.adam.step(scene, grads, out.visible[0] if config.adamw.sparse else None, camera.width * camera.height,
+                              learning_rates={"means": rate}, displacement=growth.displacement(scene, rate))
+                fit.scene, edit = growth.after_step(scene, step)
+                if edit is not None:
+                    fit.adam.follow(edit)
+                fit.step = step
                 if step % 100 == 0 or step == config.steps:
                     mse = float((out.color[0].detach() - photo).square().mean())
-                    record = {"step": step, "loss": float(loss.detach()), "psnr_train": -10 * math.log10(max(mse, 1e-12)), "gaussians": len(scene),
+                    record = {"step": step, "loss": float(loss.detach()), "psnr_train": -10 * math.log10(max(mse, 1e-12)), "gaussians": len(fit.scene),
                               "seconds": round(time.monotonic() - start, 3)}
                     log.write(json.dumps(record) + "\n")
                     log.flush()
-                    if step - last_saved >= config.save_every:
-                        save(step)
-                        last_saved = step
-                    report(step, len(scene), psnr=record["psnr_train"])
+                    report(step, len(fit.scene), psnr=record["psnr_train"])
+                if step % config.save_every == 0 or step == config.steps:
+                    save()
+                    fit.save(run / "checkpoint", made_with)
     except KeyboardInterrupt:
-        save(step)
+        save()
         raise
-    save(config.steps)
-    return _evaluate(views, held, scene, config, run / "eval") if held else None
+    return fit.scene
+
+
+def _check_same_run(saved: checkpoint.Checkpoint, made_with: dict) -> None:
+    was, now = (yaml.safe_load(values["config"]) for values in (saved.values, made_with))
+    if other := [name for name in now if was.get(name) != now[name]]:
+        raise BadConfig(f"{saved.path} was made with other values of {', '.join(other)}; give the same, or start anew without --resume")
+    if saved.values["photos"] != made_with["photos"]:
+        raise BadFile(saved.path, "photos", f"it was made with {len(saved.values['photos'])} other photos; start anew without --resume")
+
+
+def _keep_lines(path: Path, step: int) -> None:
+    """Leaves the lines of metrics up to `step`; damaged ones go."""
+    kept = []
+    for line in path.read_text().splitlines() if path.is_file() and step else []:
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except (ValueError, KeyError, TypeError):
+            pass
+    with replacing(path) as file:
+        file.write("".join(f"{line}\n" for line in kept).encode())
 
 
 def evaluate(run: Path) -> Evaluation:
@@ -142,7 +213,7 @@ def evaluate(run: Path) -> Evaluation:
         raise BadFile(run, "config.yaml", "no such file; expected a run folder of `splatkit reconstruct`")
     config = configs.load_yaml(run / "config.yaml", Reconstruct)
     _check_backend(config.backend)
-    views = Views(load_capture(config.data), config.downscale)
+    views = Views(load_capture(config.data), config.downscale, config.max_side)
     _, held = views.capture.split(config.hold_every)
     if not held:
         raise BadFile(run, "config.yaml", "hold_every is 0: the run held out no photo to evaluate on")
@@ -155,7 +226,7 @@ def _evaluate(views: Views, held: list[int], scene: Scene, config: Reconstruct, 
     table, pairs = {}, []
     for i in held:
         photo = views.image(i)
-        picture = render(scene, views.camera(i), background=torch.tensor(config.background), backend=config.backend).color[0].clamp(0, 1)
+        picture = render(scene, views.camera(i), background=torch.tensor(config.background), settings=_settings(config), backend=config.backend).color[0].clamp(0, 1)
         table[views.capture.photos[i].name] = {"psnr": float(psnr(picture, photo)), "ssim": float(ssim(picture, photo))}
         pairs.append(torch.cat([photo, picture], dim=1))
     mean = {key: sum(row[key] for row in table.values()) / len(table) for key in ("psnr", "ssim")}
@@ -182,18 +253,25 @@ def _check_backend(backend: str) -> None:
                                  "--backend reference draws with plain torch, about a thousand times slower")
 
 
-def _first_scene(capture: Capture, config: Reconstruct) -> Scene:
+def _settings(config: Reconstruct) -> RasterSettings:
+    return RasterSettings(antialias=config.antialias)
+
+
+def _first_scene(capture: Capture, config: Reconstruct, growth: Fixed) -> Scene:
     points, rgb = torch.from_numpy(capture.points).float(), torch.from_numpy(capture.points_rgb)
     if len(points) > config.max_gaussians:
         keep = torch.randperm(len(points), generator=torch.Generator().manual_seed(config.seed))[: config.max_gaussians].sort().values
         points, rgb = points[keep], rgb[keep]
-    return from_points(points, rgb, config.sh_degree, config.mcmc.init_opacity, config.mcmc.init_scale)
+    return from_points(points, rgb, config.sh_degree, growth.opacity, growth.scale_factor)
 
 
-def _rates(config: Reconstruct, extent: float) -> dict:
-    lr = config.lr
-    return {"means": lr.means * extent, "quats": lr.quats, "log_scales": lr.log_scales, "logit_opacities": lr.logit_opacities,
-            "sh": sh_learning_rates((config.sh_degree + 1) ** 2, lr.sh_dc, lr.sh_rest)}
+def _optimiser(scene: Scene, config: Reconstruct, extent: float) -> Adam:
+    lr, adamw, at = config.lr, config.adamw, lambda share: round(share * config.steps)
+    rates = {"means": lr.means * extent, "quats": lr.quats, "log_scales": lr.log_scales, "logit_opacities": lr.logit_opacities,
+             "sh": sh_learning_rates((config.sh_degree + 1) ** 2, lr.sh_dc, lr.sh_rest)}
+    decay = AttributeDecay(adamw.opacity_strength, adamw.scale_strength, adamw.ceiling, (at(adamw.opacity_from), at(adamw.until)), (at(adamw.scale_from), at(adamw.until)))
+    shrink = StateDecay(adamw.state_every, (at(adamw.scale_from), at(adamw.until)), ((0, adamw.state_share), (at(adamw.state_late_from), adamw.state_share_late)))
+    return Adam(scene, rates, attribute_decay=decay if adamw.attribute_decay else None, state_decay=shrink if adamw.state_decay else None, seed=config.seed + 2)
 
 
 def _at_step(camera: Cameras, photo: Tensor, progress: float, config: Reconstruct) -> tuple[Cameras, Tensor]:
@@ -202,14 +280,6 @@ def _at_step(camera: Cameras, photo: Tensor, progress: float, config: Reconstruc
         return camera, photo
     small = torch.nn.functional.interpolate(photo.permute(2, 0, 1)[None], (camera.height // 2, camera.width // 2), mode="area")
     return camera.resized(camera.width // 2, camera.height // 2), small[0].permute(1, 2, 0).contiguous()
-
-
-@torch.no_grad()
-def _add_regularisers(grads: dict[str, Tensor], scene: Scene, opacity: float, scale: float) -> None:
-    """Adds the gradient of opacity * mean(opacities) + scale * mean(standard deviations) (Kheradmand et al. 2024, eq. 8)."""
-    o = torch.sigmoid(scene.logit_opacities)
-    grads["logit_opacities"] += opacity / len(scene) * o * (1 - o)
-    grads["log_scales"] += scale / (3 * len(scene)) * scene.log_scales.clamp(-30, 30).exp()
 
 
 def _extent(cameras: dict[int, Cameras]) -> float:

@@ -15,7 +15,8 @@ PACKAGE = REPO / "splatkit"
 FLOORS = [      # imports point down or stay on their floor
     {"scene", "camera", "capture", "errors", "config", "native", "_compat"},
     {"raster", "io"},
-    {"optim", "density", "metrics", "rooms"},
+    {"optim", "adc", "density", "metrics", "rooms", "paths", "film"},
+    {"growth"},
     {"reconstruct", "sfm"},
     {"lift"},
     {"distill"},

@@ -57,6 +57,8 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
     layers.add_argument("--preset", nargs="?")
     layers.add_argument("--config", nargs="?")
     chosen = layers.parse_known_args(argv)[0]
+    if not chosen.preset and not chosen.config:
+        chosen.preset = "cpu"
     for path in filter(None, [chosen.preset and config.preset("reconstruct", chosen.preset), chosen.config]):
         default = config.load_yaml(path, default)
     if default.data == unnamed:     # no layer says where the photos are, so the command line must; typed as Path, hence not MISSING at once
@@ -70,8 +72,8 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
         """Fit a scene to posed photos.
 
         Args:
-            preset: Start from configs/reconstruct/NAME.yaml instead of the defaults (quick: a first look).
-            config: Lay the values of this file over the defaults or the preset; flags come last.
+            preset: Start from configs/reconstruct/NAME.yaml: cpu (what runs when neither this nor --config is given), quick (a first look).
+            config: Lay the values of this file over the preset, or over the defaults where none is named; flags come last.
         """
         from .reconstruct import reconstruct
 

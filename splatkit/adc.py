@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .density import relocated
-from .raster.reference import rotation_matrices
 from .raster.types import RasterStats
-from .scene import LOG_SCALE_MAX, LOG_SCALE_MIN, Edit, Scene
+from .scene import LOG_SCALE_MAX, LOG_SCALE_MIN, Edit, Scene, rotation_matrices
 
 
 @torch.no_grad()

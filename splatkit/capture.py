@@ -1,6 +1,7 @@
 """Capture: posed photos and sparse points, one result for every source; SceneHeader: how a scene must be drawn."""
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +37,11 @@ class Photo:
     mask: Path | None = None                    # 8-bit image of the photo's size; 0 = pixel is ignored
     exposure_group: int = 0
     lens: Lens | None = None                    # the stored pixels came through it; K, width and height are of the ideal picture
+
+    def size_at(self, downscale: float = 1, max_side: int = 0) -> tuple[int, int]:
+        """Width and height, rounded down, at 1/downscale of the size and with no side above max_side pixels (0: any)."""
+        factor = max(downscale, max(self.width, self.height) / max_side if max_side else 1)
+        return max(1, math.floor(self.width / factor)), max(1, math.floor(self.height / factor))
 
     def camera(self, dtype=torch.float32) -> Cameras:
         """This photo's view, C = 1."""

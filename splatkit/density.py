@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from . import native
-from .scene import Edit, Scene
+from .scene import Edit, Scene, rotation_matrices
 
 SH_CONSTANT = 0.28209479177387814                   # colour = 1/2 + SH_CONSTANT * sh[:, 0]
 OPACITY_MIN, OPACITY_MAX = 0.005, 1 - 2.0**-23      # of relocated Gaussians; the upper end is the largest that float32 tells from 1
@@ -182,11 +182,6 @@ def mcmc_noise(scene: Scene, learning_rate: float, noise_scale: float = 5e5,
 def mcmc_noise_reference(scene: Scene, noise: Float[Tensor, "N 3"], scale: float) -> Float[Tensor, "N 3"]:
     """Sigma (noise * gate(opacity) * scale) in plain torch: the definition."""
     gate = torch.sigmoid(100 * (0.005 - torch.sigmoid(scene.logit_opacities)))
-    w, x, y, z = torch.nn.functional.normalize(scene.quats, dim=1).unbind(1)
-    w = torch.where((scene.quats == 0).all(1), 1, w)
-    R = torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
-                     2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
-                     2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], dim=1).view(-1, 3, 3)
-    variances = torch.exp(2 * scene.log_scales.clamp(-30, 30))
+    R = rotation_matrices(scene.quats)
     pushed = noise * (gate * scale)[:, None]
-    return torch.einsum("nij,nj,nkj,nk->ni", R, variances, R, pushed)
+    return torch.einsum("nij,nj,nkj,nk->ni", R, scene.scales.square(), R, pushed)

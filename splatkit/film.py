@@ -22,8 +22,7 @@ from torch.nn.functional import normalize
 from .camera import Cameras
 from .io.atomic import replacing
 from .raster import RasterSettings, render
-from .raster.reference import rotation_matrices
-from .scene import Scene
+from .scene import Scene, rotation_matrices
 
 OUTPUTS = ("color", "depth", "alpha", "normals")
 Add = Callable[[Array], None]

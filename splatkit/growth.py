@@ -57,7 +57,7 @@ class MCMC(Fixed):
             o = torch.sigmoid(scene.logit_opacities)
             grads["logit_opacities"] += mcmc.opacity_reg / len(scene) * o * (1 - o)
         if mcmc.scale_reg:
-            grads["log_scales"] += mcmc.scale_reg / (3 * len(scene)) * scene.log_scales.clamp(-30, 30).exp()
+            grads["log_scales"] += mcmc.scale_reg / (3 * len(scene)) * scene.scales
 
     def displacement(self, scene: Scene, rate: float) -> Tensor | None:
         return mcmc_noise(scene, rate, self.config.mcmc.noise, self.generator)

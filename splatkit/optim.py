@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import native
-from .scene import Edit, Group, Scene
+from .scene import LOG_SCALE_MAX, LOG_SCALE_MIN, Edit, Group, Scene
 
 LearningRates = Mapping[Group, float | Float[Tensor, " columns"]]
 
@@ -206,7 +206,7 @@ def adam_reference_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Fl
     update = new_m * correct1 / root
     if decay is not None:
         attribute, strength, ceiling = decay
-        slope = torch.sigmoid(param) * torch.sigmoid(-param) if attribute == "opacity" else param.clamp(-30, 30).exp()
+        slope = torch.sigmoid(param) * torch.sigmoid(-param) if attribute == "opacity" else param.clamp(LOG_SCALE_MIN, LOG_SCALE_MAX).exp()
         update = update + (strength * slope / root).clamp(max=ceiling)
     new = param - rates.view(1, *param.shape[1:]) * update
     if visible is not None:

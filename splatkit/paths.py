@@ -18,8 +18,7 @@ from .errors import BadFile
 from .io.atomic import replacing
 from .io.photos import load_capture
 from .io.reading import read_bytes
-from .raster.reference import rotation_matrices
-from .scene import Scene, quat_from_matrix, quat_multiply
+from .scene import Scene, quat_from_matrix, quat_multiply, rotation_matrices
 
 FRAMES_MAX = 100_000
 SIDE_MAX = 1920             # pictures in the size of the photos are made no larger than this unless asked for
@@ -79,7 +78,7 @@ def orbit_scene(scene: Scene, up: Float[Tensor, " 3"], frames: int, width: int, 
         raise ValueError("the scene holds no Gaussian to orbit around")
     weights = torch.sigmoid(scene.logit_opacities)
     centre = torch.stack([_quantile(x, weights, 0.5) for x in scene.means.unbind(1)])
-    ball = float(_quantile((scene.means - centre).norm(dim=1), weights, 0.8)) or float(scene.log_scales.clamp(-30, 30).exp().max())
+    ball = float(_quantile((scene.means - centre).norm(dim=1), weights, 0.8)) or float(scene.scales.max())
     radius = ball / math.sin(math.radians(fov_deg) / 2)
     return orbit(centre, up, radius, elevation_deg, frames, pinhole(fov_deg, width, height).to(scene.dtype), width, height)
 
@@ -171,10 +170,9 @@ def photo_cameras(config: Reconstruct) -> Cameras:
 
     Raises BadFile when the photos or their poses are not there.
     """
-    views = [photo.camera() for photo in load_capture(config.data).photos]
-    scale = min(1 / config.downscale, SIDE_MAX / max(views[0].width, views[0].height))
-    width, height = max(1, math.floor(views[0].width * scale)), max(1, math.floor(views[0].height * scale))
-    return Cameras.cat([framed(view, width, height) for view in views])
+    photos = load_capture(config.data).photos
+    size = photos[0].size_at(config.downscale, min(config.max_side or SIDE_MAX, SIDE_MAX))
+    return Cameras.cat([framed(photo.camera(), *size) for photo in photos])
 
 
 def through_photos(cameras: Cameras, frames: int) -> Cameras:

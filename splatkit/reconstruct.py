@@ -22,6 +22,7 @@ from .capture import Capture, Photo, SceneHeader
 from .config import Reconstruct
 from .density import from_points
 from .errors import BackendUnavailable, BadConfig, BadFile
+from .film import color_picture
 from .growth import KINDS, Fixed
 from .io import checkpoint
 from .io.atomic import replacing
@@ -59,8 +60,7 @@ class Views:
     max_side: int = 0       # pixels; 0 = any
 
     def size(self, photo: Photo) -> tuple[int, int]:
-        factor = max(self.downscale, max(photo.width, photo.height) / self.max_side if self.max_side else 1)
-        return max(1, math.floor(photo.width / factor)), max(1, math.floor(photo.height / factor))
+        return photo.size_at(self.downscale, self.max_side)
 
     def camera(self, i: int) -> Cameras:
         photo = self.capture.photos[i]
@@ -243,7 +243,7 @@ def _write_png(path: Path, picture: Tensor) -> None:
     from PIL import Image   # 0.1 s that the optimisation does not need
 
     with replacing(path) as file:
-        Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).numpy()).save(file, "PNG")
+        Image.fromarray(color_picture(picture)).save(file, "PNG")
 
 
 def _check_backend(backend: str) -> None:

@@ -58,6 +58,11 @@ class Scene:
         """The tensors by name, in declaration order, without absent features."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
 
+    @property
+    def scales(self) -> Float[Tensor, "N 3"]:
+        """Standard deviations along the Gaussians' axes, world units."""
+        return self.log_scales.clamp(LOG_SCALE_MIN, LOG_SCALE_MAX).exp()
+
     def map(self, fn) -> Scene:
         """A scene of `fn(tensor)` for every field."""
         return Scene(**{name: fn(value) for name, value in self.fields().items()})
@@ -164,6 +169,16 @@ def rotate_sh(sh: Float[Tensor, "N K 3"], rotation: Float[Tensor, "3 3"]) -> Flo
         matrix = torch.linalg.lstsq(after[:, k], before[:, k]).solution.to(sh)
         out[:, k] = torch.einsum("ij,njc->nic", matrix, sh[:, k])
     return out
+
+
+def rotation_matrices(quats: Float[Tensor, "N 4"]) -> Float[Tensor, "N 3 3"]:
+    """Of the normalised quaternions (wxyz); a zero quaternion is the identity and gets no gradient."""
+    largest = quats.detach().abs().amax(dim=1, keepdim=True)        # divided out first: squares of tiny or huge entries leave the range
+    unit = torch.where(largest > 0, quats / torch.where(largest > 0, largest, 1), torch.tensor([1, 0, 0, 0]).to(quats))
+    w, x, y, z = torch.nn.functional.normalize(unit, dim=1).unbind(1)
+    return torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+                        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+                        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], dim=1).reshape(-1, 3, 3)
 
 
 def quat_multiply(a: Float[Tensor, "*A 4"], b: Float[Tensor, "*B 4"]) -> Float[Tensor, "*C 4"]:

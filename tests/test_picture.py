@@ -383,7 +383,7 @@ def test_a_moved_scene_before_a_moved_camera_gives_the_same_picture(backend, dty
 
 
 def test_quaternions_turn_as_rotation_matrices_say():
-    from splatkit.raster.reference import rotation_matrices
+    from splatkit.scene import rotation_matrices
     for seed in range(5):
         q, r = torch.linalg.qr(torch.randn(3, 3, dtype=F64, generator=torch.Generator().manual_seed(seed)))
         rotation = q * torch.det(q)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..camera import Cameras
-from ..scene import LOG_SCALE_MAX, LOG_SCALE_MIN, Scene, sh_basis
+from ..scene import Scene, rotation_matrices, sh_basis
 from .types import RasterSettings, RasterStats, RenderOutput
 
 PIXELS_X_GAUSSIANS = 1 << 20    # of one chunk; about 30 numbers per pair live at once, in the backward too
@@ -141,18 +141,7 @@ def project(scene: Scene, camera: Cameras, settings: RasterSettings) -> Splats:
 
 def ellipsoid_axes(scene: Scene) -> Float[Tensor, "N 3 3"]:
     """The three standard-deviation vectors as columns, R S: the covariance in the world is R S^2 R^T."""
-    scales = torch.exp(scene.log_scales.clamp(LOG_SCALE_MIN, LOG_SCALE_MAX))
-    return rotation_matrices(scene.quats) * scales[:, None, :]
-
-
-def rotation_matrices(quats: Float[Tensor, "N 4"]) -> Float[Tensor, "N 3 3"]:
-    """Of the normalised quaternions (wxyz); a zero quaternion is the identity and gets no gradient."""
-    largest = quats.detach().abs().amax(dim=1, keepdim=True)        # divided out first: squares of tiny or huge entries leave the range
-    unit = torch.where(largest > 0, quats / torch.where(largest > 0, largest, 1), torch.tensor([1, 0, 0, 0]).to(quats))
-    w, x, y, z = torch.nn.functional.normalize(unit, dim=1).unbind(1)
-    return torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
-                        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
-                        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], dim=1).reshape(-1, 3, 3)
+    return rotation_matrices(scene.quats) * scene.scales[:, None, :]
 
 
 def _inside_view(slope: Float[Tensor, " N"], focal: Tensor, centre: Tensor, size: int, margin: float) -> Float[Tensor, " N"]:

@@ -1,7 +1,8 @@
 """Builds the native libraries: plain shared objects with a C ABI that ctypes loads, so neither Python nor torch headers are needed.
 
 A missing compiler or a failing compile never fails the install: splatkit/_native/build.json says per library why it is absent,
-and `splatkit doctor` shows it. SPLATKIT_NATIVE=0 skips the build.
+and `splatkit doctor` shows it. SPLATKIT_NATIVE=0 skips the build. The CUDA library is built for the cards that are here, or for the
+compute capabilities that SPLATKIT_CUDA_ARCHS names ("90", "75;90", "all").
 """
 import hashlib
 import json
@@ -19,7 +20,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CPU = ["cuda/src/cpu_project.cpp", "cuda/src/cpu_blend.cpp", "cuda/src/cpu_blend_vjp.cpp", "cuda/src/cpu_features.cpp", "cuda/src/cpu_train.cpp",
-       "cuda/src/cpu_threads.cpp", "cuda/src/cpu.cpp"]
+       "cuda/src/cpu_threads.cpp", "cuda/src/cpu_raster.cpp", "cuda/src/cpu.cpp"]
 COMPILE = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-pthread", "-Icuda/include"]
 LINK = ["-shared", "-pthread"]
 
@@ -33,6 +34,11 @@ X86 = {
 }
 OTHER = {"cpu_base": (CPU, []), "cpu_f64": (CPU, ["-DSK_REAL=double"])}
 LIBRARIES = X86 if platform.machine().lower() in ("x86_64", "amd64") else OTHER
+
+CUDA = ["cuda/src/cuda_sort.cu", "cuda/src/cuda_project.cu", "cuda/src/cuda_features.cu", "cuda/src/cuda_blend.cu", "cuda/src/cuda_blend_vjp.cu", "cuda/src/cuda_bin.cu",
+        "cuda/src/cuda_train.cu", "cuda/src/cuda.cu"]
+NVCC = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icuda/include"]
+EVERY_CARD = ["75", "80", "86", "89", "90", "100", "120"]
 
 
 def header_abi():
@@ -59,6 +65,27 @@ def call(command):
     return why if done.returncode else None
 
 
+def find_cuda():
+    """The nvcc command, its version line and -gencode flags for the cards; ([], reason, []) when there is nothing to build with or for."""
+    nvcc = next(filter(None, [os.environ.get("CUDACXX"), shutil.which("nvcc"), shutil.which("/usr/local/cuda/bin/nvcc")]), None)
+    if nvcc is None:
+        return [], "nvcc was not found at install: neither $CUDACXX, on PATH, nor /usr/local/cuda/bin/nvcc", []
+    wanted = os.environ.get("SPLATKIT_CUDA_ARCHS", "")
+    if not wanted:
+        try:
+            query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+            wanted = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.replace(".", "")
+        except (OSError, subprocess.SubprocessError):
+            return [], "nvidia-smi showed no card at install; SPLATKIT_CUDA_ARCHS=90 (say) builds for one that is elsewhere", []
+    archs = EVERY_CARD if wanted == "all" else sorted(set(wanted.replace(";", " ").replace(",", " ").split()), key=int)
+    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    try:
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
+    except (OSError, subprocess.SubprocessError) as why:
+        return [], f"{nvcc} does not run: {why}", []
+    return [nvcc], version, gencode
+
+
 def build(folder):
     """Brings every library in `folder` up to date and writes build.json there."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,30 +95,32 @@ def build(folder):
     except (OSError, ValueError, KeyError):
         before = {}
     compiler, version = find_compiler()
-    skipped = "SPLATKIT_NATIVE=0 at install" if os.environ.get("SPLATKIT_NATIVE") == "0" else None if compiler else version
-    inputs = hashlib.sha256(f"{compiler} {version}".encode())
-    for path in sorted(p for p in Path("cuda").rglob("*") if p.suffix in (".h", ".cpp")):
-        inputs.update(path.as_posix().encode() + b"\0" + path.read_bytes())
-    stamps = {name: hashlib.sha256(repr((COMPILE, LINK, row, inputs.hexdigest())).encode()).hexdigest() for name, row in LIBRARIES.items()}
-    library = {name: folder / f"libsplatkit_{name}.so" for name in LIBRARIES}
-    old = [n for n in LIBRARIES if not (library[n].exists() and before.get(n) == {"reason": None, "stamp": stamps[n]})]
-    reasons = dict.fromkeys(LIBRARIES, skipped)
-    if not skipped and old:
-        with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = {n: [f"{scratch}/{n}-{Path(source).stem}.o" for source in LIBRARIES[n][0]] for n in old}
-            compiling = {n: [pool.submit(call, [*compiler, *COMPILE, abi, *LIBRARIES[n][1], "-c", source, "-o", object_])
-                             for source, object_ in zip(LIBRARIES[n][0], objects[n])] for n in old}
-            for n in old:
-                out = f"{library[n]}.new"       # renamed when whole: a process may be running the old one
-                reasons[n] = next(filter(None, [job.result() for job in compiling[n]]), None)
-                reasons[n] = reasons[n] or call([*compiler, *LINK, *LIBRARIES[n][1], *objects[n], "-o", out])
-                if reasons[n] is None:
-                    os.replace(out, library[n])
+    nvcc, cuda_version, gencode = find_cuda()
+    # Per library: compiler, what it said, sources, flags to compile and to link with.
+    plan = {name: (compiler, version, sources, [*COMPILE, abi, *flags], [*LINK, *flags]) for name, (sources, flags) in LIBRARIES.items()}
+    plan["cuda"] = (nvcc, cuda_version, CUDA, [*NVCC, abi, *gencode], ["-shared", "-cudart", "static", *gencode])
+    code = hashlib.sha256()
+    for path in sorted(p for p in Path("cuda").rglob("*") if p.suffix in (".h", ".cpp", ".cu")):
+        code.update(path.as_posix().encode() + b"\0" + path.read_bytes())
+    stamps = {name: hashlib.sha256(repr((row, code.hexdigest())).encode()).hexdigest() for name, row in plan.items()}
+    library = {name: folder / f"libsplatkit_{name}.so" for name in plan}
+    never = "SPLATKIT_NATIVE=0 at install" if os.environ.get("SPLATKIT_NATIVE") == "0" else None
+    reasons = {name: never or (None if row[0] else row[1]) for name, row in plan.items()}
+    old = [n for n in plan if reasons[n] is None and not (library[n].exists() and before.get(n) == {"reason": None, "stamp": stamps[n]})]
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = {n: [f"{scratch}/{n}-{Path(source).stem}.o" for source in plan[n][2]] for n in old}
+        compiling = {n: [pool.submit(call, [*plan[n][0], *plan[n][3], "-c", source, "-o", object_]) for source, object_ in zip(plan[n][2], objects[n])] for n in old}
+        for n in old:
+            out = f"{library[n]}.new"       # renamed when whole: a process may be running the old one
+            reasons[n] = next(filter(None, [job.result() for job in compiling[n]]), None)
+            reasons[n] = reasons[n] or call([*plan[n][0], *plan[n][4], *objects[n], "-o", out])
+            if reasons[n] is None:
+                os.replace(out, library[n])
     for n, reason in reasons.items():
         if reason is not None:
             library[n].unlink(missing_ok=True)
         print(f"libsplatkit_{n}.so: {reason or 'ok'}")
-    libraries = {n: {"reason": reasons[n], "stamp": stamps[n]} for n in LIBRARIES}
+    libraries = {n: {"reason": reasons[n], "stamp": stamps[n]} for n in plan}
     record.write_text(json.dumps({"compiler": version, "libraries": libraries}, indent=1))
 
 

@@ -83,22 +83,22 @@ class Workload:
         self.pairs = torch.empty(int(self.counts[0, 1]), dtype=torch.int32)
 
     def project(self, lib):
-        lib.sk_project(*self.head, self.splats, self.order, self.radii, self.tiles, self.counts, None)
+        lib.sk_project(*self.head, self.splats, self.order, self.radii, self.tiles, self.counts, None, 0, None)
 
     def forward(self, lib):
         self.project(lib)
         n, c, w, h, *_ = self.head
         lib.sk_blend(n, c, w, h, 0, self.settings, self.splats, self.order, self.tiles, self.counts, None, None, len(self.pairs), self.needed, self.pairs,
-                     self.offsets, self.color, self.alpha, None, None, None, None)
+                     self.offsets, self.color, self.alpha, None, None, None, None, 0, None)
 
     def backward(self, lib):
         n, c, w, h, *_ = self.head
         lib.sk_blend_vjp(n, c, w, h, 0, self.settings, self.splats, self.tiles, self.counts, None, None, self.pairs, self.offsets, self.color, self.alpha,
-                         None, None, self.v_color, None, None, None, self.v_splats, None, None, None, None)
-        lib.sk_project_vjp(*self.head, self.radii, self.v_splats, *self.grads, None, None, None)
+                         None, None, self.v_color, None, None, None, self.v_splats, None, None, None, None, 0, None)
+        lib.sk_project_vjp(*self.head, self.radii, self.v_splats, *self.grads, None, None, None, 0, None)
 
     def loss_and_optimiser(self, lib):
-        lib.sk_l1_ssim(self.head[2], self.head[3], self.color[0], self.target, None, 0.2, self.terms, self.v_image, None)
+        lib.sk_l1_ssim(self.head[2], self.head[3], self.color[0], self.target, None, 0.2, self.terms, self.v_image, None, 0, None)
         for x, g, (m, v, rate) in zip(self.fields, self.grads, self.moments):
             lib.sk_adam(len(x), rate.numel(), x, g, m, v, rate, 0.9, 0.999, 1e-15, 1000, None, None, 0, 0.0, 0.0, None)
 
@@ -186,7 +186,7 @@ def accuracy(points, cameras) -> dict:
             order, counts = torch.zeros(1, n, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int64)
             lib.sk_project(n, 1, c.width, c.height, -1, 16, operators.packed_settings(settings), *[x.contiguous() for x in s.fields().values()], c.world_to_cam, c.K,
                            None, torch.empty(1, n, operators.SPLAT, dtype=dtype), order, torch.empty(1, n, dtype=dtype), torch.empty(1, n, dtype=torch.int64),
-                           counts, None)
+                           counts, None, 0, None)
             orders.append(order[0, : int(counts[0, 0])].clone())
         rows[name]["sort orders equal"] = all(torch.equal(orders[0], o) for o in orders)
     return rows

@@ -16,7 +16,7 @@ EXTRAS = {"demo": "", "test": "[dev]"}
 
 def stamp():
     """Hash of everything that decides what an install does."""
-    build = [os.environ.get("CXX"), os.environ.get("SPLATKIT_NATIVE"), shutil.which("g++"), shutil.which("clang++")]
+    build = [*map(os.environ.get, ("CXX", "CUDACXX", "SPLATKIT_NATIVE", "SPLATKIT_CUDA_ARCHS")), *map(shutil.which, ("g++", "clang++", "nvcc", "nvidia-smi"))]
     digest = hashlib.sha256(repr((str(ROOT), build)).encode())
     native = (p for p in (ROOT / "cuda").rglob("*") if p.is_file())
     for path in [ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "constraints.txt", *sorted(native)]:

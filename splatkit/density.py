@@ -136,7 +136,7 @@ def relocated(logit_opacities: Float[Tensor, " M"], log_scales: Float[Tensor, "M
     logit_opacities = logit_opacities.clamp(max=LOGIT_MAX).contiguous()
     if (library := native.library_for(logit_opacities)) is not None:
         out = logit_opacities.clone(), log_scales.clone(memory_format=torch.contiguous_format)
-        library.sk_relocate(len(copies), *out, copies.to(torch.int32), 0)
+        library.sk_relocate(len(copies), *out, copies.to(torch.int32), library.stream)
     else:
         out = relocated_reference(logit_opacities, log_scales, copies)
     return out[0].clamp(LOGIT_MIN, LOGIT_MAX), out[1]
@@ -175,7 +175,7 @@ def mcmc_noise(scene: Scene, learning_rate: float, noise_scale: float = 5e5,
         return mcmc_noise_reference(scene, noise, noise_scale * learning_rate)
     displacement = torch.zeros_like(noise)      # native code adds to means: to zero here
     library.sk_mcmc_noise(len(scene), displacement, scene.quats.contiguous(), scene.log_scales.contiguous(),
-                          scene.logit_opacities.contiguous(), noise, noise_scale * learning_rate, 0)
+                          scene.logit_opacities.contiguous(), noise, noise_scale * learning_rate, library.stream)
     return displacement
 
 

@@ -44,7 +44,7 @@ def l1_ssim(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], ssim_
 
     Both terms are means over channels and over pixels with mask != 0; a mask without such a pixel gives loss 0. Both pictures
     count as zero outside the mask, as they do beyond their border, so that no masked pixel enters through an SSIM window.
-    Native code computes value and gradient in one pass on CPU tensors; elsewhere, or without the library, the torch formula does.
+    Native code computes value and gradient in one pass on CPU and CUDA tensors; elsewhere, or without the library, the torch formula does.
 
     Raises ValueError when the pictures do not match.
     """
@@ -52,7 +52,10 @@ def l1_ssim(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], ssim_
     if native.library_for(image) is None:
         return l1_ssim_reference(image, target, ssim_weight, mask)
     with_gradient = torch.is_grad_enabled() and image.requires_grad
-    return torch.ops.splatkit.l1_ssim(image, target.detach(), None if mask is None else mask != 0, ssim_weight, with_gradient)[0]
+    inputs = (image, target.detach(), None if mask is None else mask != 0, ssim_weight, with_gradient)
+    if torch.compiler.is_compiling():
+        return torch.ops.splatkit.l1_ssim(*inputs)[0]
+    return (_L1SSIM.apply(*inputs) if with_gradient else _l1_ssim(*inputs))[0]
 
 
 def l1_ssim_reference(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], ssim_weight: float = 0.2,
@@ -75,23 +78,23 @@ def _check(image: Tensor, target: Tensor, mask: Tensor | None) -> None:
         raise ValueError(f"mask is {tuple(mask.shape)} on {mask.device}; expected {tuple(image.shape[:2])} on {image.device}")
 
 
-# A torch operator rather than an autograd.Function, so that torch.compile sees one opaque node with known shapes.
+# One operator twice: for torch.compile an opaque node with known shapes, for eager calls an autograd.Function, which costs less.
 _ops = torch.library.Library("splatkit", "FRAGMENT")
 _ops.define("l1_ssim(Tensor image, Tensor target, Tensor? mask, float ssim_weight, bool with_gradient) -> (Tensor, Tensor)")
 
 
 @torch.library.impl(_ops, "l1_ssim", "CPU")
+@torch.library.impl(_ops, "l1_ssim", "CUDA")
 def _l1_ssim(image, target, mask, ssim_weight, with_gradient):
     """(loss, its gradient in image, or an empty tensor when that is not wanted)."""
-    v_image = torch.empty(image.shape if with_gradient else 0, dtype=image.dtype)
+    v_image, library = image.new_empty(image.shape if with_gradient else 0), native.library_of(image)
     if mask is not None:
         if not bool(mask.any()):
             return image.new_zeros(()), v_image.zero_()
         image, target = image.where(mask[..., None], 0), target.where(mask[..., None], 0)
-    terms = torch.empty(2, dtype=torch.float64)
-    native.cpu_library(image.dtype).sk_l1_ssim(image.shape[1], image.shape[0], image.contiguous(), target.contiguous(),
-                                               None if mask is None else mask.to(image.dtype).contiguous(), ssim_weight, terms,
-                                               v_image if with_gradient else None, 0)
+    terms, (height, width, _) = torch.empty(2, dtype=torch.float64, device=image.device), image.shape
+    library.sk_l1_ssim(width, height, image.contiguous(), target.contiguous(), None if mask is None else mask.to(image.dtype).contiguous(), ssim_weight,
+                       terms, v_image if with_gradient else None, *library.room("L1_SSIM", width=width, height=height))
     if mask is not None and with_gradient:
         v_image *= mask[..., None]
     return ((1 - ssim_weight) * terms[0] + ssim_weight * (1 - terms[1])).to(image.dtype), v_image
@@ -111,3 +114,17 @@ def _scale_gradient(ctx, v_loss, _v_gradient):
 
 
 torch.library.register_autograd("splatkit::l1_ssim", _scale_gradient, setup_context=_save_gradient)
+
+
+class _L1SSIM(torch.autograd.Function):
+    """l1_ssim without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        loss, v_image = _l1_ssim(*inputs)
+        ctx.save_for_backward(v_image)
+        ctx.mark_non_differentiable(v_image)
+        ctx.set_materialize_grads(False)
+        return loss, v_image
+
+    backward = staticmethod(torch.autograd.function.once_differentiable(_scale_gradient))

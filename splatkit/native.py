@@ -1,7 +1,8 @@
 """Loads the native libraries and parses splatkit.h: the one room that knows ctypes.
 
 `cpu_library(torch.float32).sk_adam(n, columns, param, ...)` takes Python numbers, torch tensors where the header has pointers, and
-None for NULL, by place or by the header's names. The caller owns all memory; the GIL is released during a call.
+None for NULL, by place or by the header's names. The caller owns all memory; the GIL is released during a call. `library.room(...)`
+makes the scratch and stream that entries end with.
 """
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import json
+import operator
 import os
 import platform
 import re
@@ -23,7 +25,7 @@ from .errors import BackendUnavailable
 HERE = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = ("v4", "v3", "v2") if X86 else ("base",)     # best first
-NAMES = (*(f"cpu_{isa}" for isa in ISAS), "cpu_f64")
+NAMES = (*(f"cpu_{isa}" for isa in ISAS), "cpu_f64", "cuda")
 
 _NUMBER = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "double": ctypes.c_double, "void": None}
 _LIMIT = {"int32_t": 2 ** 31, "int64_t": 2 ** 63}      # ctypes would wrap around silently
@@ -90,11 +92,14 @@ class Library:
     """One loaded library. Every entry of splatkit.h is a method of the same name.
 
     An entry with a status returns SK_OK or SK_MORE and raises RuntimeError with the library's text on SK_ERROR. Tensors must have the
-    pointer's dtype (`real` is the library's), be contiguous and on the CPU: TypeError or ValueError names entry and parameter.
+    pointer's dtype (`real` is the library's), be contiguous and on `device` ("cpu" or "cuda"; `settings` always on the CPU): TypeError
+    or ValueError names entry and parameter.
     """
 
-    def __init__(self, path: Path, real: torch.dtype):
-        self.path, self.real = path, real
+    device = "cpu"
+
+    def __init__(self, path: Path, real: torch.dtype, device: str = "cpu"):
+        self.path, self.real, self.device = path, real, device
         self._dll = ctypes.CDLL(str(path))
         self._threads = 1
         abi = self._function(ENTRIES["sk_abi"])()
@@ -102,6 +107,7 @@ class Library:
             raise BackendUnavailable(f"{path.name} was built from another splatkit.h ({abi}; the package has {ABI}); reinstall splatkit")
         for entry in ENTRIES.values():
             setattr(self, entry.name, self._method(entry))
+        self.needs_scratch = self.room("L1_SSIM")[1] > 0
 
     def _function(self, entry: Entry):
         function = getattr(self._dll, entry.name)
@@ -111,9 +117,11 @@ class Library:
 
     def _method(self, entry: Entry):
         function, names = self._function(entry), [p.name for p in entry.parameters]
-        # What each argument is checked against: a tensor's dtype, an integer's limit, or nothing (double and stream: ctypes checks).
-        pointees = {**_POINTEE, "real": self.real}
-        kinds = [pointees.get(p.type) if p.pointer else _LIMIT.get(p.type) for p in entry.parameters]
+        # What is checked: integers against their type's limit, tensors' dtype and device. The rest (double, stream) ctypes checks.
+        pointees, on = {**_POINTEE, "real": self.real}, operator.attrgetter(f"is_{self.device}")
+        integers = [(i, _LIMIT[p.type]) for i, p in enumerate(entry.parameters) if not p.pointer and p.type in _LIMIT]
+        pointers = [(i, pointees[p.type], operator.attrgetter("is_cpu") if p.name == "settings" else on) for i, p in enumerate(entry.parameters)
+                    if p.pointer and p.type in pointees]
         has_status, computes, error = entry.has_status, entry.computes, CONST["SK_ERROR"]
 
         def call(*args, **named):
@@ -121,18 +129,15 @@ class Library:
                 args = args + tuple(named.pop(name) for name in names[len(args):] if name in named)
             if len(args) != len(names) or named:
                 raise TypeError(f"{entry.name}: got {len(args)} arguments, unknown {list(named)}; expected {', '.join(names)}")
-            values = []
-            for arg, kind in zip(args, kinds):
-                if kind.__class__ is int:
-                    if not (isinstance(arg, int) and -kind <= arg < kind):
-                        break
-                elif kind is not None and arg is not None:
-                    if not (isinstance(arg, Tensor) and arg.dtype is kind and arg.is_cpu and arg.is_contiguous()):
-                        break
-                    arg = arg.data_ptr()
-                values.append(arg)
-            if len(values) < len(names):
-                raise _refusal(f"{entry.name}: {names[len(values)]}", args[len(values)], kinds[len(values)])
+            values = list(args)
+            for i, limit in integers:
+                if not (isinstance(args[i], int) and -limit <= args[i] < limit):
+                    raise TypeError(f"{entry.name}: {names[i]} is {args[i]!r:.60}; expected an int within {limit.bit_length()} bits")
+            for i, dtype, in_place in pointers:
+                if (x := args[i]) is not None:
+                    if not (isinstance(x, Tensor) and x.dtype is dtype and in_place(x) and x.is_contiguous()):
+                        raise _refusal(f"{entry.name}: {names[i]}", x, dtype, in_place(x) if isinstance(x, Tensor) else True, self.device)
+                    values[i] = x.data_ptr()
             if computes and torch.get_num_threads() != self._threads:
                 self._size_pool()
             try:
@@ -145,6 +150,25 @@ class Library:
 
         call.__name__ = entry.name
         return call
+
+    def room(self, entry: str, n: int = 0, cameras: int = 1, width: int = 1, height: int = 1, channels: int = 0, capacity: int = 0) -> tuple:
+        """The arguments that SK_FOR_<entry> ends with: scratch, its words, stream. A CPU library needs none.
+
+        Raises RuntimeError where the sizes are beyond the library's, as sk_last_error() says.
+        """
+        words = self._words(CONST[f"SK_FOR_{entry}"], n, cameras, width, height, channels, capacity)
+        if words < 0:
+            raise RuntimeError(self.sk_last_error())
+        return torch.empty(words, dtype=torch.int64, device=self.device) if words else None, words, self.stream
+
+    @functools.lru_cache(maxsize=256)
+    def _words(self, *sizes: int) -> int:
+        return self.sk_scratch(*sizes)
+
+    @property
+    def stream(self) -> int | None:
+        """torch's current CUDA stream, None for a CPU library."""
+        return torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None
 
     def _size_pool(self) -> None:
         threads = torch.get_num_threads()
@@ -167,13 +191,29 @@ def cpu_library(dtype: torch.dtype, isa: str | None = None) -> Library:
     return _load(f"cpu_{isa}")
 
 
+def cuda_library(dtype: torch.dtype = torch.float32) -> Library:
+    """The CUDA library, which works in float32. Raises BackendUnavailable that says why there is none and what to do."""
+    if dtype is not torch.float32:
+        raise TypeError(f"the CUDA library works in float32, not in {dtype}; convert with scene.to(dtype=torch.float32)")
+    return _load("cuda")
+
+
+def library_of(x: Tensor) -> Library:
+    """The library of x's device and dtype. Raises BackendUnavailable where there is none, TypeError for another dtype."""
+    return cuda_library(x.dtype) if x.is_cuda else cpu_library(x.dtype)
+
+
 @torch.compiler.assume_constant_result      # the answer does not change within a process, and tracing must not look into files
 def library_for(x: Tensor) -> Library | None:
-    """The library that works on tensors like x, or None where torch has to do: no library, or not a CPU tensor."""
+    """The library that works on tensors like x, or None where torch has to do: no library, or another device or dtype."""
     try:
-        return cpu_library(x.dtype) if x.device.type == "cpu" else None
+        return library_of(x) if x.device.type in ("cpu", "cuda") else None
     except BackendUnavailable:
         return None
+    except TypeError:
+        if x.is_cuda:       # double on a card
+            return None
+        raise
 
 
 def cpu_isa() -> str:
@@ -212,7 +252,18 @@ def _reason(name: str) -> str | None:
 def _load(name: str) -> Library:
     if X86 and name in ("cpu_v4", "cpu_v3") and (level := cpu_level()) is not None and level < int(name[-1]):
         raise BackendUnavailable(f"{name}: this processor runs x86-64-v{level} at most; unset SPLATKIT_ISA or name a lower one")
+    if name == "cuda" and (why := _no_card()):
+        raise BackendUnavailable(f"cuda: {why}")
     return _open(name)
+
+
+def _no_card() -> str | None:
+    """Why no kernel can run here."""
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device: no card, no driver, or a driver too old for this torch"
+    return None
 
 
 @functools.cache
@@ -221,7 +272,7 @@ def _open(name: str) -> Library:
     if not path.exists():
         raise BackendUnavailable(f"{name}: {_build_record(name)}; when that is mended, install splatkit again")
     try:
-        return Library(path, torch.float64 if name.endswith("f64") else torch.float32)
+        return Library(path, torch.float64 if name.endswith("f64") else torch.float32, "cuda" if name == "cuda" else "cpu")
     except (OSError, AttributeError) as why:    # built for another system, or an entry is missing
         raise BackendUnavailable(f"{name}: {path.name} does not load: {why}; install splatkit again") from why
 
@@ -235,14 +286,12 @@ def _build_record(name: str) -> str:
         return "it was never built (no splatkit/_native/build.json)"
 
 
-def _refusal(what: str, arg, kind) -> Exception:
-    """The error for one argument that does not fit its parameter; `kind` as in Library._method."""
-    if isinstance(kind, int):
-        return TypeError(f"{what} is {arg!r:.60}; expected an int within {kind.bit_length()} bits")
-    if not isinstance(arg, Tensor):
-        return TypeError(f"{what} is {type(arg).__name__}; expected a {kind} tensor or None")
-    if arg.dtype is not kind:
-        return TypeError(f"{what} is {arg.dtype}; expected {kind}")
-    if not arg.is_cpu:
-        return ValueError(f"{what} is on {arg.device}; expected the CPU")
-    return ValueError(f"{what} {tuple(arg.shape)} is not contiguous (strides {arg.stride()}); pass .contiguous()")
+def _refusal(what: str, x, dtype: torch.dtype, in_place: bool, device: str) -> Exception:
+    """The error for an argument that is not the tensor that its pointer needs."""
+    if not isinstance(x, Tensor):
+        return TypeError(f"{what} is {type(x).__name__}; expected a {dtype} tensor or None")
+    if x.dtype is not dtype:
+        return TypeError(f"{what} is {x.dtype}; expected {dtype}")
+    if not in_place:
+        return ValueError(f"{what} is on {x.device}; expected {'the CPU' if device == 'cpu' else 'a CUDA device'}")
+    return ValueError(f"{what} {tuple(x.shape)} is not contiguous (strides {x.stride()}); pass .contiguous()")

@@ -94,6 +94,7 @@ class Adam:
         self.learning_rates = {group: _per_column(rate, fields[group], group) for group, rate in learning_rates.items()}
         self.steps_taken = 0
         self.row_steps = torch.zeros(len(scene), dtype=torch.int32, device=scene.device)
+        self._even: int | None = 0      # what all of row_steps are, where they are alike
         self.generator = torch.Generator().manual_seed(seed)        # draws the rows of state_decay
         # Contiguous whatever the field's strides are: native code walks them row by row.
         self.m = {group: torch.zeros_like(fields[group].detach(), memory_format=torch.contiguous_format) for group in learning_rates}
@@ -125,8 +126,8 @@ class Adam:
             raise ValueError(f"pixels is {pixels}; attribute_decay needs the number of pixels of the picture behind the gradients")
         self.steps_taken += 1
         self.row_steps += 1 if visible is None else visible
-        even = visible is None and (not len(scene) or bool((self.row_steps == self.row_steps[0]).all()))
-        steps = int(self.row_steps[0]) if even and len(scene) else self.row_steps
+        self._even = None if visible is not None or self._even is None else self._even + 1
+        steps = self.row_steps if self._even is None else self._even
         for group in self.m.keys() & grads.keys():
             decay = self.attribute_decay.strength(group, self.steps_taken, pixels) if self.attribute_decay else 0.0
             ceiling = self.attribute_decay.ceiling if self.attribute_decay else 0.0
@@ -148,6 +149,7 @@ class Adam:
         self.row_steps = self.row_steps[edit.source]
         if fresh_steps == "zero":
             self.row_steps[edit.fresh] = 0
+            self._even = None
         for moments in (self.m, self.v):
             for group in moments:
                 moments[group] = moments[group][edit.source]
@@ -171,6 +173,8 @@ class Adam:
                                  f"expected {mine[name].dtype} {tuple(mine[name].shape)}")
         self.steps_taken = int(state["steps_taken"])
         self.row_steps.copy_(state["row_steps"])
+        first = int(self.row_steps[0]) if len(self.row_steps) else 0
+        self._even = first if bool((self.row_steps == first).all()) else None
         self.generator.set_state(state["generator"])
         for kind in ("m", "v"):
             for group, x in getattr(self, kind).items():
@@ -183,15 +187,15 @@ Decay = tuple[str, float, float]        # "opacity" or "scale", strength over pi
 
 def adam_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Float[Tensor, " columns"], betas: tuple[float, float], eps: float,
           steps: int | Int[Tensor, " N"], visible: Bool[Tensor, " N"] | None = None, decay: Decay | None = None) -> None:
-    """One Adam step in place on param, m, v [N, ...]; `steps` counts from 1, for all rows or for each. Native on CPU tensors where the
-    library is there."""
+    """One Adam step in place on param, m, v [N, ...]; `steps` counts from 1, for all rows or for each. Native where there is a
+    library for the tensors."""
     library = native.library_for(param)
     if library is None or not param.is_contiguous():
         return adam_reference_(param, grad, m, v, rates, betas, eps, steps, visible, decay)
     attribute, strength, ceiling = decay or ("plain", 0.0, 0.0)
     each = torch.stack(_corrections(steps, betas), dim=1).to(param) if isinstance(steps, Tensor) else None
     library.sk_adam(param.shape[0], rates.numel(), param, grad.contiguous(), m, v, rates, *betas, eps, 1 if each is not None else steps, each,
-                    None if visible is None else visible.to(torch.int32), native.CONST[f"SK_{attribute.upper()}"], strength, ceiling, 0)
+                    None if visible is None else visible.to(torch.int32), native.CONST[f"SK_{attribute.upper()}"], strength, ceiling, library.stream)
     torch.autograd.graph.increment_version((param, m, v))     # autograd cannot see a native write: a stale graph must fail, not mislead
 
 

@@ -86,7 +86,7 @@ def projected(name, scene, cameras, settings=DEFAULT):
     out = {"splats": new(lib.real, C, N, CONST["SK_SPLAT"]), "order": new(torch.int32, C, N), "radii": new(lib.real, C, N),
            "tiles": new(torch.int64, C, N), "counts": new(torch.int64, C, 3)}
     lib.sk_project(N, C, cameras.width, cameras.height, scene.sh_degree, scene.sh.shape[1], packed_settings(settings),
-                   *scene.fields().values(), cameras.world_to_cam, cameras.K, cameras.rows, *out.values(), None)
+                   *scene.fields().values(), cameras.world_to_cam, cameras.K, cameras.rows, *out.values(), None, 0, None)
     return lib, out
 
 
@@ -168,7 +168,7 @@ def test_a_small_capacity_is_answered_with_the_needed_one_and_nothing_else_is_to
         out = [new(torch.int32, capacity + 5), new(torch.int64, tile_count(2, 40, 33) + 1), new(lib.real, *size, 3),
                *(new(lib.real, *size) for _ in range(3)), new(lib.real, *size, F)]
         status = lib.sk_blend(300, 2, 40, 33, F, packed_settings(DEFAULT), p["splats"], p["order"], p["tiles"], p["counts"], features,
-                              background, capacity, needed, *out, None)
+                              background, capacity, needed, *out, None, 0, None)
         return status, needed.item(), out
 
     total = int(p["counts"][:, 1].sum())

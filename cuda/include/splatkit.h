@@ -4,7 +4,9 @@
 // those, and `void* stream`; `real` is float, or double in the library built with -DSK_REAL=double. Only sk_last_error returns text.
 // Every entry that returns int32_t status returns SK_OK, SK_MORE (a capacity was too small: the needed count is written, nothing else
 // is touched) or SK_ERROR (sk_last_error() says why). Arrays are dense, row-major, owned by the caller; NULL where marked optional.
-// `stream` is the CUDA stream that every launch goes to; CPU libraries ignore it. Counts are int64_t.
+// The CUDA library takes device arrays, but for `settings`, which it reads on the host; `stream` is the CUDA stream that every launch goes to, and
+// `scratch` are scratch_words 8-byte words of device memory, as many as sk_scratch() says (NULL and 0 for CPU libraries). It never waits for the card,
+// so sk_blend cannot answer SK_MORE there: with capacity < needed[0] it draws nothing, and the caller looks at needed. Counts are int64_t.
 #ifndef SPLATKIT_H
 #define SPLATKIT_H
 #include <stdint.h>
@@ -23,7 +25,7 @@ typedef SK_REAL real;
 enum { SK_OK = 0, SK_MORE = 1, SK_ERROR = 2 };
 
 // `settings` is an array of SK_SETTINGS doubles in this order (splatkit.raster.RasterSettings has their meaning and defaults).
-enum { SK_NEAR = 0, SK_BLUR_PX2 = 1, SK_ANTIALIAS = 2, SK_ALPHA_MIN = 3, SK_ALPHA_MAX = 4, SK_TRANSMITTANCE_MIN = 5, SK_FOV_MARGIN = 6, SK_SETTINGS = 7 };
+enum { SK_NEAR = 0, SK_BLUR_PX2 = 1, SK_ANTIALIAS = 2, SK_ALPHA_MIN = 3, SK_ALPHA_MAX = 4, SK_TRANSMITTANCE_MIN = 5, SK_FOV_MARGIN = 6, SK_DETERMINISTIC = 7, SK_SETTINGS = 8 };
 
 // One projected Gaussian is SK_SPLAT reals. log2 alpha(x, y) = LOGO - (A dx + B dy)^2 - (C dy)^2 with dx = x - X, dy = y - Y in pixels:
 // squares do not cancel, as the three terms of the conic do for thin Gaussians. X, Y count from the middle of the picture, for the same
@@ -51,27 +53,32 @@ SK_API int32_t sk_set_threads(int32_t threads);
 // GFLOP/s of independent fused multiply-adds in registers on `threads` threads, measured for about `seconds`.
 SK_API double sk_fma_peak(int32_t threads, double seconds);
 
+// Words of scratch that an entry needs on this library; capacity is sk_blend's, and for sk_blend_vjp the tiles that all boxes of `tiles` hold where the
+// settings say SK_DETERMINISTIC, else 0.
+enum { SK_FOR_PROJECT = 0, SK_FOR_PROJECT_VJP = 1, SK_FOR_BLEND = 2, SK_FOR_BLEND_VJP = 3, SK_FOR_UPLIFT = 4, SK_FOR_L1_SSIM = 5 };
+SK_API int64_t sk_scratch(int32_t entry, int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, int64_t capacity);
+
 // Projects n Gaussians into C cameras. sh_degree = -1: no colour (sh may be NULL). sh_bands is K, the coefficients stored per row.
 // Out: splats [C,n,SK_SPLAT] (rows with radii > 0 only), order [C,n] (visible rows, front to back, ties by row), radii [C,n] (0 = not drawn), tiles [C,n] (what a row reaches: x0 | x1 << 16 | y0 << 32 | y1 << 48, ends excluded; 0 = nothing), counts [C,3] (visible, pairs, rows that hold a NaN or an infinity and were left out).
-SK_API int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, real* splats, int32_t* order, real* radii, int64_t* tiles, int64_t* counts, void* stream);
+SK_API int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, real* splats, int32_t* order, real* radii, int64_t* tiles, int64_t* counts, int64_t* scratch, int64_t scratch_words, void* stream);
 
 // The vector-Jacobian product of sk_project. v_splats is overwritten nowhere; v_sh, v_world_to_cam, v_K optional. All v_ outputs are overwritten whole.
-SK_API int32_t sk_project_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, const real* radii, const real* v_splats, real* v_means, real* v_quats, real* v_log_scales, real* v_logit_opacities, real* v_sh, real* v_world_to_cam, real* v_K, void* stream);
+SK_API int32_t sk_project_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, const real* radii, const real* v_splats, real* v_means, real* v_quats, real* v_log_scales, real* v_logit_opacities, real* v_sh, real* v_world_to_cam, real* v_K, int64_t* scratch, int64_t scratch_words, void* stream);
 
 // Bins and blends. needed[0] gets the pair count; with capacity < needed the status is SK_MORE. channels = width of features [n,channels], 0 for none.
 // Out, optional: color [C,H,W,3] over background [C,3] (NULL: black), expected_depth, median_depth [C,H,W], features_out [C,H,W,channels]. Always: alpha [C,H,W], pairs [capacity] (places in order), tile_offsets [C*tiles+1].
-SK_API int32_t sk_blend(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int32_t* order, const int64_t* tiles, const int64_t* counts, const real* features, const real* background, int64_t capacity, int64_t* needed, int32_t* pairs, int64_t* tile_offsets, real* color, real* alpha, real* expected_depth, real* median_depth, real* features_out, void* stream);
+SK_API int32_t sk_blend(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int32_t* order, const int64_t* tiles, const int64_t* counts, const real* features, const real* background, int64_t capacity, int64_t* needed, int32_t* pairs, int64_t* tile_offsets, real* color, real* alpha, real* expected_depth, real* median_depth, real* features_out, int64_t* scratch, int64_t scratch_words, void* stream);
 
 // The vector-Jacobian product of sk_blend. v_color, v_alpha, v_expected_depth, v_features_out are optional inputs (absent = 0).
 // Out: v_splats [C,n,SK_SPLAT] (every row), v_features [n,channels] and v_background [C,3] (optional); weight_sums [C,n] (optional): sum over pixels of the blending weight.
-SK_API int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int64_t* tiles, const int64_t* counts, const real* features, const real* background, const int32_t* pairs, const int64_t* tile_offsets, const real* color, const real* alpha, const real* expected_depth, const real* features_out, const real* v_color, const real* v_alpha, const real* v_expected_depth, const real* v_features_out, real* v_splats, real* v_features, real* v_background, real* weight_sums, void* stream);
+SK_API int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int64_t* tiles, const int64_t* counts, const real* features, const real* background, const int32_t* pairs, const int64_t* tile_offsets, const real* color, const real* alpha, const real* expected_depth, const real* features_out, const real* v_color, const real* v_alpha, const real* v_expected_depth, const real* v_features_out, real* v_splats, real* v_features, real* v_background, real* weight_sums, int64_t* scratch, int64_t scratch_words, void* stream);
 
 // Row sums of the blending weights times a map: sums [n,channels] += sum over pixels of w * map [H,W,channels], weights [n] += sum of w, over one camera.
-SK_API int32_t sk_uplift(int64_t n, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int32_t* pairs, const int64_t* tile_offsets, const real* map, real* sums, real* weights, void* stream);
+SK_API int32_t sk_uplift(int64_t n, int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const int32_t* pairs, const int64_t* tile_offsets, const real* map, real* sums, real* weights, int64_t* scratch, int64_t scratch_words, void* stream);
 
 // Photometric loss of one picture [H,W,3]: terms[0] = mean |image - target|, terms[1] = mean SSIM (11x11 Gaussian window, sigma 1.5, zero padding), both over pixels with mask != 0 (mask [H,W] optional).
 // v_image [H,W,3] (optional) gets the gradient of (1 - ssim_weight) L1 + ssim_weight (1 - SSIM).
-SK_API int32_t sk_l1_ssim(int32_t width, int32_t height, const real* image, const real* target, const real* mask, double ssim_weight, double* terms, real* v_image, void* stream);
+SK_API int32_t sk_l1_ssim(int32_t width, int32_t height, const real* image, const real* target, const real* mask, double ssim_weight, double* terms, real* v_image, int64_t* scratch, int64_t scratch_words, void* stream);
 
 // What AdamW-GS decays beside the step: nothing, sigmoid(param), exp(param).
 enum { SK_PLAIN = 0, SK_OPACITY = 1, SK_SCALE = 2 };

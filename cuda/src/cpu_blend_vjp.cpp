@@ -67,7 +67,7 @@ SK_FN void start_vjp_tile(const BlendVjpArgs& a, int tile_x, int tile_y, VjpScra
     store(s.v_z + b * BLOCK_PIXELS, v_z);
     store(s.behind + b * BLOCK_PIXELS, behind);
   }
-  __builtin_memcpy(s.second_running, s.t.running, sizeof s.second_running);
+  if (a.v_features_out) __builtin_memcpy(s.second_running, s.t.running, sizeof s.second_running);
   if (v_background)
     for (int k = 0; k < 3; k++)
       for (int i = 0; i < W; i++) v_background[k] += sum_of(v_bg[k])[i];

@@ -3,6 +3,7 @@
 #pragma once
 #include "sk/blend.h"
 #include "sk/project.h"
+#include "sk/tiles.h"
 #include "splatkit.h"
 
 namespace sk {
@@ -26,8 +27,6 @@ struct ProjectArgs {
   int64_t row_first, row_last;
 };
 
-View<real> make_view(const real* world_to_cam, const real* K, int width, int height, const double* settings);
-
 // Projects rows [first, last) (at most CHUNK): splats [n,SK_SPLAT], radii [n] and tiles [n] at their rows; keys and rows of the visible ones in row
 // order. Returns how many are visible, adds their tiles to pairs and the rows that hold a NaN or an infinity to not_finite.
 int project_chunk(const ProjectArgs& a, int64_t first, int64_t last, real* splats, real* radii, int64_t* tiles, uint32_t* keys, int32_t* rows, int64_t* pairs, int64_t* not_finite);
@@ -40,14 +39,6 @@ void project_vjp_chunk(const ProjectArgs& a, int64_t first, int64_t last, const 
 
 // Sorts rows by key; equal keys keep their order. Returns where the sorted rows stand: in rows or in the scratch.
 int32_t* radix_sort(int64_t n, uint32_t* keys, int32_t* rows, uint32_t* keys_scratch, int32_t* rows_scratch);
-
-// The tiles that a Gaussian reaches, x0 <= x < x1, y0 <= y < y1, and how sk_project hands them on.
-struct TileSpan {
-  int32_t x0, x1, y0, y1;
-  int32_t count() const { return (x1 - x0) * (y1 - y0); }
-};
-inline int64_t packed(TileSpan t) { return (int64_t)((uint64_t)t.x0 | (uint64_t)t.x1 << 16 | (uint64_t)t.y0 << 32 | (uint64_t)t.y1 << 48); }
-inline TileSpan unpacked(int64_t t) { return {(int32_t)(t & 0xFFFF), (int32_t)(t >> 16 & 0xFFFF), (int32_t)(t >> 32 & 0xFFFF), (int32_t)(t >> 48 & 0xFFFF)}; }
 
 struct BlendArgs {
   int32_t width, height, tiles_x, tiles_y, channels;

@@ -3,29 +3,6 @@
 
 namespace sk {
 
-View<real> make_view(const real* m, const real* K, int width, int height, const double* settings) {
-  View<real> v;
-  for (int i = 0; i < 3; i++) {
-    for (int j = 0; j < 3; j++) v.r[3 * i + j] = m[4 * i + j];
-    v.t[i] = m[4 * i + 3];
-  }
-  for (int j = 0; j < 4; j++) v.key[j] = (float)m[8 + j];
-  for (int j = 0; j < 3; j++) v.centre[j] = -(v.r[j] * v.t[0] + v.r[3 + j] * v.t[1] + v.r[6 + j] * v.t[2]);
-  v.fx = K[0];
-  v.fy = K[4];
-  v.cx = K[2];
-  v.cy = K[5];
-  v.width = (real)width;
-  v.height = (real)height;
-  v.near_key = (float)settings[SK_NEAR];
-  v.blur_px2 = (real)settings[SK_BLUR_PX2];
-  v.fov_margin = (real)(settings[SK_FOV_MARGIN] < 1e18 ? settings[SK_FOV_MARGIN] : 1e18);   // infinity times a zero offset would be NaN
-  v.antialias = settings[SK_ANTIALIAS] != 0;
-  v.unbounded = settings[SK_ALPHA_MIN] <= 0;
-  v.cut = v.unbounded ? (real)exponent_min(real()) : log2((real)settings[SK_ALPHA_MIN]);
-  return v;
-}
-
 namespace {
 
 struct RowLanes {

@@ -4,18 +4,12 @@
 
 namespace sk {
 
-// The block cull rounds differently from the pixel loop; a bound this much (in log2 alpha) above the cut keeps it conservative.
-constexpr real CULL_SLACK = (real)0.02;
-
-// The centre of a pixel column (or row), counted from the picture's centre as the records are.
-SK_FN real from_centre(int pixel, int size) { return (real)(2 * pixel + 1 - size) * (real)0.5; }
-
 // Pixel centres; clears the sums; pixels outside the picture start stopped. Returns the blocks that hold a pixel of the picture.
 SK_FN uint32_t start_tile(const BlendArgs& a, int tile_x, int tile_y, TileScratch& s) {
   for (int b = 0; b < TILE_BLOCKS; b++)
     for (int p = 0; p < BLOCK_PIXELS; p++) {
-      s.px[b * BLOCK_PIXELS + p] = from_centre(tile_x + BLOCK * (b & 3) + (p & 3), a.width);
-      s.py[b * BLOCK_PIXELS + p] = from_centre(tile_y + BLOCK * (b >> 2) + (p >> 2), a.height);
+      s.px[b * BLOCK_PIXELS + p] = from_centre<real>(tile_x + BLOCK * (b & 3) + (p & 3), a.width);
+      s.py[b * BLOCK_PIXELS + p] = from_centre<real>(tile_y + BLOCK * (b >> 2) + (p >> 2), a.height);
     }
   for (int i = 0; i < 256; i += W) {
     store(s.running + i, splat(1));
@@ -167,15 +161,15 @@ SK_FN void touching(const BlendArgs& a, int tile_x, int tile_y, int at, uint32_t
   load_columns(s.g + SK_C, row, SK_SPLAT, 4, p + 4);
   static_assert(SK_X == 0 && SK_B == 3 && SK_C == 4 && SK_LOGO == 5, "columns in this order");
   const Gaussian2D<Lanes> g = {p[0], p[1], p[2], p[3], p[4], p[5]};
-  const Lanes cut = splat(a.cut - CULL_SLACK), y_per_x = y_per_x_of(g);
+  const Lanes cut = splat(a.cut - (real)CULL_SLACK), y_per_x = y_per_x_of(g);
   Column<Lanes> column[4];
   for (int k = 0; k < 4; k++) {
-    const Lanes lx = from_centre(tile_x + BLOCK * k, a.width) - g.x;
+    const Lanes lx = from_centre<real>(tile_x + BLOCK * k, a.width) - g.x;
     column[k] = column_of(g, y_per_x, lx, lx + (real)(BLOCK - 1));
   }
   for (int j = 0; j < 4; j++) {
     if (!(alive >> (4 * j) & 15)) continue;
-    const Lanes ly = from_centre(tile_y + BLOCK * j, a.height) - g.y;
+    const Lanes ly = from_centre<real>(tile_y + BLOCK * j, a.height) - g.y;
     const Row<Lanes> r = row_of(g, ly, ly + (real)(BLOCK - 1));
     for (int k = 0; k < 4; k++) out[4 * j + k] = at_least(peak_in(g, column[k], r), cut);
   }

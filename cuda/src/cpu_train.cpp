@@ -236,13 +236,7 @@ void mcmc_noise_rows(int64_t n, real* means, const real* quats, const real* log_
 
 void relocate_rows(int64_t m, real* logits, real* log_scales, const int32_t* copies) {
   parallel((m + 255) / 256, [&](int64_t task, int) {
-    for (int64_t i = task * 256; i < m && i < (task + 1) * 256; i++) {
-      double opacity, factor;
-      relocation(sigmoid((double)logits[i]), copies[i], opacity, factor);
-      const double kept = clamp(opacity, 0.005, 1 - 1.1920929e-7);
-      logits[i] = (real)((log2(kept) - log2(1 - kept)) * LN2);
-      for (int k = 0; k < 3; k++) log_scales[3 * i + k] += (real)(log2(factor) * LN2);
-    }
+    for (int64_t i = task * 256; i < m && i < (task + 1) * 256; i++) relocate_row(logits[i], log_scales + 3 * i, copies[i]);
   });
 }
 

@@ -27,11 +27,20 @@ def _cpu_reason(dtype: torch.dtype = torch.float32) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def _cuda_reason() -> str | None:
+    try:
+        native.cuda_library()
+    except BackendUnavailable as why:
+        return str(why).removeprefix("cuda: ")
+    return None
+
+
 # name -> (what draws, why it cannot run here or None)
 BACKENDS: dict[str, tuple[Callable | None, Callable[[], str | None]]] = {
     "cpu": (render_native, _cpu_reason),
     "reference": (render_reference, lambda: None),
-    "cuda": (None, lambda: "the CUDA library is not built in this version"),
+    "cuda": (render_native, _cuda_reason),
     "gsplat": (None, lambda: "the gsplat adapter is not part of this version"),
 }
 
@@ -76,8 +85,9 @@ def render(scene: Scene, cameras: Cameras, *, outputs: tuple[str, ...] = ("color
     if stats is not None and stats.grad_sum.shape[0] != len(scene):
         raise ValueError(f"stats has {stats.grad_sum.shape[0]} rows but the scene {len(scene)}; make it with RasterStats.zeros(len(scene))")
     if not torch.compiler.is_compiling():
-        cameras.check()
-        if "features" in outputs and not bool(torch.isfinite(scene.features.detach().sum())):   # the geometry is checked where it is read
+        if not cameras.world_to_cam.is_cuda:    # on a card projection counts what is not finite: a look at poses would wait for all that runs
+            cameras.check()
+        if "features" in outputs and not scene.features.is_cuda and not bool(torch.isfinite(scene.features.detach().sum())):   # the geometry is checked where it is read
             scene.check_finite()
         if cameras.rows is not None and not bool(((cameras.rows >= 0) & (cameras.rows <= len(scene)) & (cameras.rows[:, :1] <= cameras.rows[:, 1:])).all()):
             raise ValueError(f"cameras.rows {cameras.rows.tolist()}; expected 0 <= first <= last <= {len(scene)}")
@@ -119,6 +129,8 @@ def _pick(backend: str, scene: Scene) -> Callable:
     why = _cpu_reason(scene.dtype) if backend == "cpu" else reason()
     if why is not None:
         raise BackendUnavailable(f"{backend}: {why}; available here: {', '.join(n for n, r in backends().items() if r is None)}")
-    if backend == "cpu" and scene.device.type != "cpu":
-        raise ValueError(f"backend 'cpu' was asked to draw a scene on {scene.device}; move it with .to('cpu')")
+    if backend in ("cpu", "cuda") and scene.device.type != backend:
+        raise ValueError(f"backend {backend!r} was asked to draw a scene on {scene.device}; move it with .to({backend!r})")
+    if backend == "cuda" and scene.dtype != torch.float32:
+        raise TypeError(f"backend 'cuda' draws float32, the scene is {scene.dtype}; convert it with .to(dtype=torch.float32)")
     return draw

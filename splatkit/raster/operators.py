@@ -1,5 +1,11 @@
-"""The native rasterizer as torch operators: two C entries forward (project, blend), two backward; torch allocates all memory."""
+"""The native rasterizer as torch operators: two C entries forward (project, blend), two backward; torch allocates all memory.
+
+On a card nothing waits for the blend: the pairs of the last pictures say how many the next may need (`_capacity`), and the count that
+projection leaves is read while the blend already runs. Where it was too small, the blend is done again.
+"""
 import functools
+import math
+import threading
 
 import torch
 from torch import Tensor
@@ -16,17 +22,21 @@ SPLAT, TILE = CONST["SK_SPLAT"], CONST["SK_TILE"]
 
 def render_native(scene: Scene, cameras: Cameras, outputs: tuple[str, ...], background: Tensor | None, sh_degree: int,
                   settings: RasterSettings, stats: RasterStats | None) -> RenderOutput:
-    """render() by the CPU library of the scene's dtype. Arguments are checked by the caller."""
+    """render() by the library of the scene's device and dtype. Arguments are checked by the caller."""
     wanted = sum(bit for bit, name in ((COLOR, "color"), (EXPECTED_DEPTH, "expected_depth"), (MEDIAN_DEPTH, "median_depth"), (FEATURES, "features"))
                  if name in outputs)
     sums = [stats.grad_sum, stats.abs_grad_sum, stats.count, stats.max_radius_px, stats.weight_sum] if stats else []
-    out = torch.ops.splatkit.rasterize(
+    inputs = (
         scene.means, scene.quats, scene.log_scales, scene.logit_opacities, scene.sh, scene.features if wanted & FEATURES else None,
         cameras.world_to_cam, cameras.K, cameras.rows, background if wanted & COLOR else None, cameras.width, cameras.height,
         sh_degree if wanted & COLOR else -1, packed_settings(settings), wanted, sums)
-    color, alpha, expected_depth, median_depth, features, radii, _, _, counts, _, _ = out
-    if not torch.compiler.is_compiling() and bool((counts[:, 2] > 0).any()):
-        scene.check_finite()
+    if torch.compiler.is_compiling():
+        out = torch.ops.splatkit.rasterize(*inputs)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:10]):
+        out = _Rasterize.apply(*inputs)
+    else:
+        out = _rasterize(*inputs)
+    color, alpha, expected_depth, median_depth, features, radii, *_ = out
     return RenderOutput(color if wanted & COLOR else None, alpha, expected_depth if wanted & EXPECTED_DEPTH else None,
                         median_depth if wanted & MEDIAN_DEPTH else None, features if wanted & FEATURES else None, radii > 0, radii)
 
@@ -34,39 +44,96 @@ def render_native(scene: Scene, cameras: Cameras, outputs: tuple[str, ...], back
 @functools.lru_cache(maxsize=64)
 def packed_settings(s: RasterSettings) -> Tensor:
     """The settings in the order of splatkit.h."""
-    return torch.tensor([s.near, s.blur_px2, s.antialias, s.alpha_min, s.alpha_max, s.transmittance_min, s.fov_margin], dtype=torch.float64)
+    return torch.tensor([s.near, s.blur_px2, s.antialias, s.alpha_min, s.alpha_max, s.transmittance_min, s.fov_margin, s.deterministic], dtype=torch.float64)
 
 
 def tile_count(cameras: int, width: int, height: int) -> int:
     return cameras * ((width + TILE - 1) // TILE) * ((height + TILE - 1) // TILE)
 
 
-@torch.library.custom_op("splatkit::rasterize", mutates_args=(), device_types="cpu")
-def rasterize(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opacities: Tensor, sh: Tensor, features: Tensor | None, world_to_cam: Tensor,
-              K: Tensor, rows: Tensor | None, background: Tensor | None, width: int, height: int, sh_degree: int, settings: Tensor, outputs: int,
-              stats: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+_capacity: dict[tuple, int] = {}     # device, cameras and size of pictures -> pairs to make room for
+
+
+class _Landing(threading.local):
+    """Where counts arrive on the host: pinned memory and the event of the copy, kept between pictures."""
+
+    def __init__(self):
+        self.places: dict[tuple, tuple[Tensor, torch.cuda.Event]] = {}
+
+    def send(self, counts: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        key = (counts.device, len(counts))
+        if key not in self.places:
+            self.places[key] = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True), torch.cuda.Event()
+        on_host, copied = self.places[key]
+        on_host.copy_(counts, non_blocking=True)
+        copied.record()
+        return on_host, copied
+
+
+_landing = _Landing()
+
+
+def _after_projection(counts: Tensor, fields: tuple[Tensor, ...], world_to_cam: Tensor, K: Tensor, size: tuple[int, int], blend) -> None:
+    """Calls blend(capacity), once with enough; raises ValueError where projection met a NaN or an infinity."""
+    key, on_card, done = (counts.device, len(counts), *size), counts.is_cuda, 0
+    if on_card and torch.cuda.is_current_stream_capturing():
+        if key not in _capacity:
+            raise RuntimeError("a CUDA graph can be captured only after a picture of this size was drawn once outside of one")
+        return blend(_capacity[key])
+    if on_card:
+        on_host, copied = _landing.send(counts)
+        if done := _capacity.get(key, 0):
+            blend(done)
+        copied.synchronize()
+        counts = on_host
+    rows = counts.tolist()
+    needed, bad = sum(r[1] for r in rows), sum(r[2] for r in rows)
+    if bad:
+        Cameras(world_to_cam, K, *size).check()
+        Scene(*fields).check_finite()
+    if needed > 2**31 - 1:
+        raise ValueError(f"{needed} pairs of Gaussians and tiles; at most 2147483647 fit: draw fewer cameras at once, a smaller picture or fewer Gaussians")
+    if not on_card:
+        return blend(needed)
+    if needed > done:
+        blend(done := math.ceil(1.1 * needed) + 1024)
+    _capacity[key] = max(math.ceil(1.1 * needed) + 1024, math.ceil(0.98 * done))     # shrinks slowly
+
+
+def _rasterize(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opacities: Tensor, sh: Tensor, features: Tensor | None, world_to_cam: Tensor,
+               K: Tensor, rows: Tensor | None, background: Tensor | None, width: int, height: int, sh_degree: int, settings: Tensor, outputs: int,
+               stats: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """color, alpha, expected depth, median depth, features, radii; then what the backward needs: splats, tiles, counts, pairs, tile offsets."""
-    lib = native.cpu_library(means.dtype)
+    lib = native.library_of(means)
     C, N = world_to_cam.shape[0], means.shape[0]
     F = features.shape[1] if features is not None else 0
-    new = functools.partial(torch.empty, dtype=means.dtype)
-    splats, radii, order = new(C, N, SPLAT), new(C, N), torch.empty(C, N, dtype=torch.int32)
-    counts, tiles = torch.empty(C, 3, dtype=torch.int64), torch.empty(C, N, dtype=torch.int64)
+    new, ints = means.new_empty, functools.partial(torch.empty, dtype=torch.int64, device=means.device)
+    splats, radii, order = new(C, N, SPLAT), new(C, N), torch.empty(C, N, dtype=torch.int32, device=means.device)
+    counts, tiles = ints(C, 3), ints(C, N)
     lib.sk_project(N, C, width, height, sh_degree, sh.shape[1], settings, means.contiguous(), quats.contiguous(), log_scales.contiguous(),
                    logit_opacities.contiguous(), sh.contiguous(), world_to_cam.contiguous(), K.contiguous(),
-                   rows.contiguous() if rows is not None else None, splats, order, radii, tiles, counts, None)
-    n_pairs = int(counts[:, 1].sum())
-    pairs, tile_offsets = torch.empty(n_pairs, dtype=torch.int32), torch.empty(tile_count(C, width, height) + 1, dtype=torch.int64)
+                   rows.contiguous() if rows is not None else None, splats, order, radii, tiles, counts, *lib.room("PROJECT", N))
+    tile_offsets, needed = ints(tile_count(C, width, height) + 1), ints(1)
     alpha = new(C, height, width)
     color = new(C, height, width, 3) if outputs & COLOR else new(0)
     expected_depth = new(C, height, width) if outputs & EXPECTED_DEPTH else new(0)
     median_depth = new(C, height, width) if outputs & MEDIAN_DEPTH else new(0)
     features_out = new(C, height, width, F) if outputs & FEATURES else new(0)
-    needed = torch.zeros(1, dtype=torch.int64)
-    lib.sk_blend(N, C, width, height, F, settings, splats, order, tiles, counts, _given(features), _given(background), n_pairs, needed, pairs, tile_offsets,
-                 _if(outputs & COLOR, color), alpha, _if(outputs & EXPECTED_DEPTH, expected_depth), _if(outputs & MEDIAN_DEPTH, median_depth),
-                 _if(outputs & FEATURES and F, features_out), None)
+    pairs = None
+
+    def blend(capacity: int) -> None:
+        nonlocal pairs
+        pairs = torch.empty(capacity, dtype=torch.int32, device=means.device)
+        lib.sk_blend(N, C, width, height, F, settings, splats, order, tiles, counts, _given(features), _given(background), capacity, needed, pairs, tile_offsets,
+                     _if(outputs & COLOR, color), alpha, _if(outputs & EXPECTED_DEPTH, expected_depth), _if(outputs & MEDIAN_DEPTH, median_depth),
+                     _if(outputs & FEATURES and F, features_out), *lib.room("BLEND", N, C, width, height, F, capacity))
+
+    _after_projection(counts, (means, quats, log_scales, logit_opacities, sh), world_to_cam, K, (width, height), blend)
     return color, alpha, expected_depth, median_depth, features_out, radii, splats, tiles, counts, pairs, tile_offsets
+
+
+# One operator twice: for torch.compile an opaque node, for eager calls an autograd.Function, which costs 0.2 ms less a picture.
+rasterize = torch.library.custom_op("splatkit::rasterize", _rasterize, mutates_args=(), device_types=("cpu", "cuda"))
 
 
 @rasterize.register_fake
@@ -80,34 +147,38 @@ def _(means, quats, log_scales, logit_opacities, sh, features, world_to_cam, K, 
             new(tile_count(C, width, height) + 1, dtype=torch.int64))
 
 
-@torch.library.custom_op("splatkit::rasterize_vjp", mutates_args=(), device_types="cpu")
-def rasterize_vjp(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opacities: Tensor, sh: Tensor, features: Tensor | None, world_to_cam: Tensor,
-                  K: Tensor, rows: Tensor | None, background: Tensor | None, width: int, height: int, sh_degree: int, settings: Tensor,
-                  color: Tensor, alpha: Tensor, expected_depth: Tensor, features_out: Tensor, radii: Tensor, splats: Tensor, tiles: Tensor, counts: Tensor,
-                  pairs: Tensor, tile_offsets: Tensor, v_color: Tensor | None, v_alpha: Tensor | None, v_expected_depth: Tensor | None,
-                  v_features_out: Tensor | None, want_sh: bool, want_pose: bool, want_K: bool, want_background: bool, want_features: bool,
-                  want_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _rasterize_vjp(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opacities: Tensor, sh: Tensor, features: Tensor | None, world_to_cam: Tensor,
+                   K: Tensor, rows: Tensor | None, background: Tensor | None, width: int, height: int, sh_degree: int, settings: Tensor,
+                   color: Tensor, alpha: Tensor, expected_depth: Tensor, features_out: Tensor, radii: Tensor, splats: Tensor, tiles: Tensor, counts: Tensor,
+                   pairs: Tensor, tile_offsets: Tensor, v_color: Tensor | None, v_alpha: Tensor | None, v_expected_depth: Tensor | None,
+                   v_features_out: Tensor | None, want_sh: bool, want_pose: bool, want_K: bool, want_background: bool, want_features: bool,
+                   want_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of means, quats, log_scales, logit_opacities, sh, features, world_to_cam, K, background; then of the splats, and the weight sums."""
-    lib = native.cpu_library(means.dtype)
+    lib = native.library_of(means)
     C, N = world_to_cam.shape[0], means.shape[0]
     F = features.shape[1] if features is not None else 0
-    new = functools.partial(torch.empty, dtype=means.dtype)
+    new = means.new_empty
     v_splats = new(C, N, SPLAT)
     v_features = new(N, F) if want_features else new(0)
     v_background = new(C, 3) if want_background else new(0)
     weights = new(C, N) if want_stats else new(0)
     some = lambda x: x if x.numel() else None
+    slots = max(1, _boxes(tiles)) if lib.needs_scratch and settings[CONST["SK_DETERMINISTIC"]] else 0
     lib.sk_blend_vjp(N, C, width, height, F, settings, splats, tiles, counts, _given(features), _given(background), pairs, tile_offsets, some(color), alpha,
                      some(expected_depth), some(features_out), _given(v_color), _given(v_alpha), _given(v_expected_depth),
                      _given(v_features_out) if F else None, v_splats, _if(want_features and F, v_features), _if(want_background, v_background),
-                     _if(want_stats, weights), None)
+                     _if(want_stats, weights), *lib.room("BLEND_VJP", N, C, width, height, F, slots))
     v_means, v_quats, v_log_scales, v_logits = new(N, 3), new(N, 4), new(N, 3), new(N)
     v_sh = new(sh.shape) if want_sh else new(0)
     v_pose, v_K = new(C, 4, 4) if want_pose else new(0), new(C, 3, 3) if want_K else new(0)
     lib.sk_project_vjp(N, C, width, height, sh_degree, sh.shape[1], settings, means.contiguous(), quats.contiguous(), log_scales.contiguous(),
                        logit_opacities.contiguous(), sh.contiguous(), world_to_cam.contiguous(), K.contiguous(), _given(rows), radii, v_splats,
-                       v_means, v_quats, v_log_scales, v_logits, _if(want_sh, v_sh), _if(want_pose, v_pose), _if(want_K, v_K), None)
+                       v_means, v_quats, v_log_scales, v_logits, _if(want_sh, v_sh), _if(want_pose, v_pose), _if(want_K, v_K),
+                       *lib.room("PROJECT_VJP", N if want_pose or want_K else 0))
     return v_means, v_quats, v_log_scales, v_logits, v_sh, v_features, v_pose, v_K, v_background, v_splats, weights
+
+
+rasterize_vjp = torch.library.custom_op("splatkit::rasterize_vjp", _rasterize_vjp, mutates_args=(), device_types=("cpu", "cuda"))
 
 
 @rasterize_vjp.register_fake
@@ -130,7 +201,7 @@ def _setup_context(ctx, inputs, output):
     ctx.sizes = (width, height, sh_degree)
 
 
-def _backward(ctx, v_color, v_alpha, v_expected_depth, v_median_depth, v_features_out, *unused):
+def _backward(vjp, ctx, v_color, v_alpha, v_expected_depth, v_median_depth, v_features_out, *unused):
     *inputs, = ctx.saved_tensors[:10]
     *outputs, = ctx.saved_tensors[10:20]
     settings, sums = ctx.saved_tensors[20], ctx.stats
@@ -142,8 +213,8 @@ def _backward(ctx, v_color, v_alpha, v_expected_depth, v_median_depth, v_feature
     v_color, v_expected_depth, v_features_out = (v if v is not None and v.numel() else None for v in (v_color, v_expected_depth, v_features_out))
     want_sh, want_features = need[4] and v_color is not None, need[5] and v_features_out is not None
     want_background = need[9] and v_color is not None
-    grads = torch.ops.splatkit.rasterize_vjp(*inputs, width, height, sh_degree, settings, *outputs, v_color, v_alpha, v_expected_depth, v_features_out,
-                                             want_sh, need[6], need[7], want_background, want_features, bool(sums))
+    grads = vjp(*inputs, width, height, sh_degree, settings, *outputs, v_color, v_alpha, v_expected_depth, v_features_out,
+                want_sh, need[6], need[7], want_background, want_features, bool(sums))
     *v, v_splats, weights = grads
     if sums:
         stats, radii = RasterStats(*sums), outputs[4]
@@ -155,18 +226,38 @@ def _backward(ctx, v_color, v_alpha, v_expected_depth, v_median_depth, v_feature
     return (*v[:8], None, v[8], *none)
 
 
-rasterize.register_autograd(_backward, setup_context=_setup_context)
+rasterize.register_autograd(functools.partial(_backward, torch.ops.splatkit.rasterize_vjp.default), setup_context=_setup_context)
+
+
+class _Rasterize(torch.autograd.Function):
+    """rasterize without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _setup_context(ctx, inputs, output := _rasterize(*inputs))      # not torch's setup_context: it binds arguments by signature, 0.1 ms
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *v):
+        return (*_backward(_rasterize_vjp, ctx, *v)[:-1], None)         # one None for the list of sums
 
 
 def uplift_native(scene: Scene, camera: Cameras, feature_map: Tensor, settings: RasterSettings, sums: Tensor, weights: Tensor) -> None:
     """Adds one camera's row sums: sums [N,F] += W^T map, weights [N] += W^T 1, W being the blending weights."""
-    lib, N = native.cpu_library(scene.dtype), len(scene)
+    lib, N = native.library_of(scene.means), len(scene)
     with torch.no_grad():
-        out = torch.ops.splatkit.rasterize(scene.means, scene.quats, scene.log_scales, scene.logit_opacities, scene.sh, None, camera.world_to_cam, camera.K,
-                                           camera.rows, None, camera.width, camera.height, -1, packed_settings(settings), 0, [])
+        out = _rasterize(scene.means, scene.quats, scene.log_scales, scene.logit_opacities, scene.sh, None, camera.world_to_cam, camera.K,
+                         camera.rows, None, camera.width, camera.height, -1, packed_settings(settings), 0, [])
     splats, _, _, pairs, tile_offsets = out[6:]
     lib.sk_uplift(N, camera.width, camera.height, feature_map.shape[-1], packed_settings(settings), splats, pairs, tile_offsets,
-                  feature_map.contiguous(), sums, weights, None)
+                  feature_map.contiguous(), sums, weights, *lib.room("UPLIFT"))
+
+
+def _boxes(tiles: Tensor) -> int:
+    """Tiles of all boxes: the records of a deterministic backward."""
+    x0, x1, y0, y1 = (tiles >> bits & 0xFFFF for bits in (0, 16, 32, 48))
+    return int(((x1 - x0) * (y1 - y0)).sum())
 
 
 def _given(x: Tensor | None) -> Tensor | None:

@@ -95,14 +95,6 @@ SK_FN Lanes load(const real* p) { Lanes v; __builtin_memcpy(&v, p, sizeof v); re
 SK_FN void store(real* p, Lanes v) { __builtin_memcpy(p, &v, sizeof v); }
 SK_FN IntLanes to_bits(Lanes a) { return (IntLanes)a; }
 SK_FN Lanes from_bits(IntLanes i) { return (Lanes)i; }
-#if defined(__x86_64__)
-SK_FN Lanes rounded_product(Lanes a, Lanes b) { Lanes p = a * b; asm("" : "+v"(p)); return p; }
-#elif defined(__aarch64__)
-SK_FN Lanes rounded_product(Lanes a, Lanes b) { Lanes p = a * b; asm("" : "+w"(p)); return p; }
-#else
-SK_FN Lanes rounded_product(Lanes a, Lanes b) { return a * b; }
-#endif
-SK_FN Lanes rounded_sum(Lanes a, Lanes b) { return a + b; }
 
 // Four neighbouring columns of W rows, row i being base + rows[i] * stride, to four registers (lane i = row i) and back. Only the first
 // `columns` are read or written. Not by gather: with the microcode of 2023 against its leak, one costs 58 cycles on some processors.

@@ -31,4 +31,13 @@ SK_FN void relocation(double opacity, int copies, double& each, double& factor) 
   factor = o / sum;
 }
 
+// The same in place on one row; the opacity ends in [0.005, 1 - 2^-23].
+template <class S> SK_FN void relocate_row(S& logit, S* log_scales, int copies) {
+  double opacity, factor;
+  relocation(sigmoid((double)logit), copies, opacity, factor);
+  const double kept = clamp(opacity, 0.005, 1 - 1.1920929e-7);
+  logit = (S)((log2(kept) - log2(1 - kept)) * LN2);
+  for (int k = 0; k < 3; k++) log_scales[k] += (S)(log2(factor) * LN2);
+}
+
 }  // namespace sk

@@ -38,6 +38,15 @@ template <class T> SK_FN T exp2_in_range(T x) {
   }
 }
 
+#if defined(__CUDA_ARCH__)
+// The card's own: one instruction, 2e-7 relative.
+template <> SK_FN float exp2_in_range<float>(float x) {
+  float p;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(x));
+  return p;
+}
+#endif
+
 // 2^x for every x: 0 far below, about 2^127 (double: 2^1023) at most.
 template <class T> SK_FN T exp2(T x) {
   const double low = exponent_min(Scalar<T>()), high = sizeof(Scalar<T>) == 4 ? 126.9 : 1022.9;

@@ -1,6 +1,7 @@
 // Projection of one Gaussian into one camera, and its vector-Jacobian product (Kerbl et al. 2023; Zwicker et al. 2001).
 #pragma once
 #include "sh.h"
+#include "splatkit.h"
 
 namespace sk {
 
@@ -14,6 +15,32 @@ template <class S> struct View {
   bool antialias, unbounded;          // unbounded: alpha_min is 0, every Gaussian reaches every pixel
   S centre[3];                        // of the camera in the world: -R^T t
 };
+
+// log2 alpha_min: below it a Gaussian does not touch a pixel.
+template <class S> SK_FN S cut_of(const double* settings) { return settings[SK_ALPHA_MIN] <= 0 ? (S)exponent_min(S()) : log2((S)settings[SK_ALPHA_MIN]); }
+
+template <class S> SK_FN View<S> make_view(const S* world_to_cam, const S* K, int width, int height, const double* settings) {
+  View<S> v;
+  for (int i = 0; i < 3; i++) {
+    for (int j = 0; j < 3; j++) v.r[3 * i + j] = world_to_cam[4 * i + j];
+    v.t[i] = world_to_cam[4 * i + 3];
+  }
+  for (int j = 0; j < 4; j++) v.key[j] = (float)world_to_cam[8 + j];
+  for (int j = 0; j < 3; j++) v.centre[j] = -(v.r[j] * v.t[0] + v.r[3 + j] * v.t[1] + v.r[6 + j] * v.t[2]);
+  v.fx = K[0];
+  v.fy = K[4];
+  v.cx = K[2];
+  v.cy = K[5];
+  v.width = (S)width;
+  v.height = (S)height;
+  v.near_key = (float)settings[SK_NEAR];
+  v.blur_px2 = (S)settings[SK_BLUR_PX2];
+  v.fov_margin = (S)(settings[SK_FOV_MARGIN] < 1e18 ? settings[SK_FOV_MARGIN] : 1e18);   // infinity times a zero offset would be NaN
+  v.antialias = settings[SK_ANTIALIAS] != 0;
+  v.unbounded = settings[SK_ALPHA_MIN] <= 0;
+  v.cut = cut_of<S>(settings);
+  return v;
+}
 
 template <class T> SK_FN Vec3<T> broadcast(const Scalar<T>* v) { return {splat_of<T>(v[0]), splat_of<T>(v[1]), splat_of<T>(v[2])}; }
 template <class T> SK_FN Mat3<T> rotation_of(const View<Scalar<T>>& view) { return {broadcast<T>(view.r), broadcast<T>(view.r + 3), broadcast<T>(view.r + 6)}; }

@@ -1,0 +1,103 @@
+// What the files of kernels offer to the ABI (cuda.cu). All pointers are of one camera unless said otherwise, all calls go to `stream`.
+#pragma once
+#include "cuda_core.h"
+
+namespace sk {
+
+// ---- cuda_project.cu
+struct ProjectArgs {
+  int64_t n;
+  int32_t width, height, sh_degree, sh_bands;
+  Settings settings;
+  const float *means, *quats, *log_scales, *logit_opacities, *sh, *world_to_cam, *K;
+  const int64_t* rows;            // [2] or null: every row
+  float *splats, *radii;
+  int64_t *tiles, *counts;
+  uint32_t* keys;                 // [n]: depth, or all ones where not drawn
+  int32_t* ids;                   // [n]: 0, 1, 2 ...
+  const float* v_splats;          // of the gradient alone
+};
+void project(const ProjectArgs& a, cudaStream_t stream);   // counts must be 0 before
+
+constexpr int VJP_ROWS = 128;      // rows of a block: its registers leave no room for more
+struct ProjectGrads {
+  float *means, *quats, *log_scales, *logit_opacities, *sh;
+  double* pose;                   // [blocks_for(n, VJP_ROWS),16] or null
+};
+void project_vjp(const ProjectArgs& a, const ProjectGrads& out, bool add, float* v_world_to_cam, float* v_K, cudaStream_t stream);
+
+// ---- cuda_bin.cu
+struct BinArgs {
+  int64_t n, capacity;
+  int32_t cameras, width, height, tiles_x, tiles_y;   // tiles of one camera's picture
+  float cut;
+  const float* splats;            // [C,n,SK_SPLAT]
+  const int32_t* order;           // [C,n]
+  const int64_t *tiles, *counts;  // [C,n], [C,3]
+  int64_t* needed;
+  int32_t* pairs;                 // [capacity]
+  int64_t* tile_offsets;          // [C tiles + 1]
+};
+void bin(const BinArgs& a, Scratch& scratch, cudaStream_t stream);   // with a scratch without memory: only adds up what it takes
+
+// ---- cuda_blend.cu, cuda_blend_vjp.cu
+struct BlendArgs {
+  int64_t n;
+  int32_t cameras, width, height, tiles_x, tiles_y, channels;
+  float cut, alpha_max, transmittance_min;
+  int64_t capacity;
+  const int64_t* needed;          // null, or nothing is drawn where it is above capacity
+  const float *splats, *features, *background;   // [C,n,SK_SPLAT], [n,channels], [C,3]
+  const int32_t* pairs;
+  const int64_t* tile_offsets;
+  float *color, *alpha, *expected_depth, *median_depth, *features_out;   // [C,H,W,...]
+};
+void blend(const BlendArgs& a, cudaStream_t stream);
+
+// A deterministic backward keeps a record for every tile of every row's box, tile by tile from slot_of[row] on, and adds them up in that order.
+struct BlendVjpArgs {
+  BlendArgs forward;
+  const float *v_color, *v_alpha, *v_expected_depth, *v_features_out;
+  float *v_splats, *v_features, *v_background, *weight_sums;
+  const int64_t* tiles;           // [C,n]
+  float* tile_background;         // [C tiles,3] or null
+  bool every_channel;             // blend_vjp itself takes the features' share of geometry, pixel by pixel: slow, but |d loss / d x| is not a sum over channels
+  int64_t slots;                  // deterministic: places for records, else 0
+  int64_t* slot_of;               // [C,n]
+  float* records;                 // [slots,RECORD]
+  uint8_t* written;               // [slots]
+  long long* fixed_features;      // [n,channels]: v_features as whole numbers, whose sum has no order
+  float* fixed_scale;             // [1]
+};
+constexpr int RECORD = SK_SPLAT + 1;   // a gradient record and the weight
+void blend_vjp(const BlendVjpArgs& a, cudaStream_t stream);
+// Deterministic: before, where each row's records stand; after everything that leaves records, their sums.
+void sum_slots(const BlendVjpArgs& a, cudaStream_t stream);
+void count_slots(const BlendVjpArgs& a, int32_t* count, void* temporary, size_t bytes, cudaStream_t stream);
+
+// ---- cuda_features.cu
+void blend_features(const BlendArgs& a, cudaStream_t stream);
+void blend_features_vjp(const BlendVjpArgs& a, cudaStream_t stream);
+// sums [n,channels] += weights of the first camera times map, row_weights [n] += the weights' sums.
+void uplift(const BlendArgs& a, const float* map, float* sums, float* row_weights, cudaStream_t stream);
+
+// ---- cuda_train.cu
+int64_t l1_ssim_words(int32_t width, int32_t height);
+void l1_ssim(int32_t width, int32_t height, const float* image, const float* target, const float* mask, double ssim_weight, double* terms, float* v_image, Scratch& scratch, cudaStream_t stream);
+struct AdamArgs {
+  int64_t n;
+  int32_t columns, attribute;
+  float* param;
+  const float* grad;
+  float *m, *v;
+  const float* learning_rates;
+  double beta1, beta2, epsilon, decay, decay_max, correct1, correct2;
+  const float* corrections;
+  const int32_t* visible;
+};
+void adam_rows(const AdamArgs& a, cudaStream_t stream);
+void mcmc_noise_rows(int64_t n, float* means, const float* quats, const float* log_scales, const float* logits, const float* noise, float scale, cudaStream_t stream);
+void relocate_rows(int64_t m, float* logits, float* log_scales, const int32_t* copies, cudaStream_t stream);
+double fma_peak(double seconds);   // GFLOP/s
+
+}  // namespace sk

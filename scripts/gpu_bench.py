@@ -11,9 +11,9 @@ import torch
 
 from splatkit.camera import Cameras
 from splatkit.density import neighbour_distance
-from splatkit.metrics import l1_ssim
+from splatkit.metrics import l1_ssim, l1_ssim_and_gradient
 from splatkit.optim import Adam, default_learning_rates
-from splatkit.raster import render
+from splatkit.raster import record, render, splat_gradients
 from splatkit.scene import Scene
 
 GROUPS = ("means", "quats", "log_scales", "logit_opacities", "sh")
@@ -114,7 +114,13 @@ class Ours:
 
     def step(self):
         i = self.view()
-        color = render(self.leaves, self.views[i]).color[0]
+        picture = record(self.scene, self.views[i])
+        _, v_color = l1_ssim_and_gradient(picture.color, self.targets[i])
+        self.adam.step_recorded(self.scene, picture, splat_gradients(picture, v_color))
+
+    def step_by_autograd(self):
+        i = self.view()
+        color = render(self.leaves, self.views[i]).color.squeeze(0)
         grads = torch.autograd.grad(l1_ssim(color, self.targets[i]), list(self.leaves.fields().values()))
         self.adam.step(self.leaves.detach(), dict(zip(GROUPS, grads)))
 
@@ -156,7 +162,7 @@ class Theirs:
     def step(self):
         i = self.view()
         color, _, meta = self.picture(self.activated(), i)
-        l1_ssim(color[0], self.targets[i]).backward()
+        l1_ssim(color.squeeze(0), self.targets[i]).backward()
         if self.selective:
             self.adam.step((meta["radii"] > 0).all(-1).any(0))
         else:

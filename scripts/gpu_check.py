@@ -46,20 +46,20 @@ class Bench:
         return min(n, 2000) if self.dry else n
 
 
-def drawn(scene: Scene, cameras: Cameras, outputs=("color",), settings=RasterSettings(), seed: int = 3) -> dict[str, torch.Tensor]:
+def drawn(scene: Scene, cameras: Cameras, outputs=("color",), settings=RasterSettings(), seed: int = 3, with_stats: bool = True) -> dict[str, torch.Tensor]:
     """Pictures, their gradients with random weights by every field, pose, K and background, and the stats: on the CPU in double."""
     device, dtype = scene.device, scene.dtype
     leaves = {k: x.detach().clone().requires_grad_() for k, x in scene.fields().items() if k != "features" or "features" in outputs}
     leaves |= {"world_to_cam": cameras.world_to_cam.clone().requires_grad_(), "K": cameras.K.clone().requires_grad_(),
                "background": torch.full((len(cameras), 3), 0.3, dtype=dtype, device=device).requires_grad_()}
-    stats = RasterStats.zeros(len(scene), dtype=dtype, device=device)
+    stats = RasterStats.zeros(len(scene), dtype=dtype, device=device) if with_stats else None
     out = render(Scene(**{k: leaves[k] for k in scene.fields() if k in leaves}), cameras.replace(world_to_cam=leaves["world_to_cam"], K=leaves["K"]),
                  outputs=outputs, background=leaves["background"], settings=settings, stats=stats)
     pictures, g = {k: x for k, x in vars(out).items() if x is not None and x.requires_grad}, torch.Generator().manual_seed(seed)
     loss = sum((x * torch.randn(x.shape, generator=g).to(x)).sum() for x in pictures.values())
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     found = {**{k: x.detach() for k, x in pictures.items()}, **{f"d {k}": x for k, x in zip(leaves, grads) if x is not None},
-             "grad_sum": stats.grad_sum, "abs_grad_sum": stats.abs_grad_sum, "weight_sum": stats.weight_sum}
+             **({"grad_sum": stats.grad_sum, "abs_grad_sum": stats.abs_grad_sum, "weight_sum": stats.weight_sum} if stats else {})}
     return {k: x.double().cpu() for k, x in found.items()}
 
 
@@ -75,9 +75,10 @@ def parity(b: Bench) -> dict:
              "features, 40 channels": (pair, front, ("features",), RasterSettings()),
              "features, colour, depth": (pair, front, ("color", "features", "expected_depth"), RasterSettings())}
     table = {}
-    for name, (scene, cameras, outputs, settings) in cases.items():
-        card = drawn(scene.to(b.device), cameras.to(b.device), outputs, settings)
-        exact = drawn(scene.to(dtype=torch.float64), cameras.to(dtype=torch.float64), outputs, settings)
+    cases = {f"{name}{', no stats' * (not stats)}": (*case, stats) for name, case in cases.items() for stats in (True, False) if stats or case[2] == ("color",)}
+    for name, (scene, cameras, outputs, settings, stats) in cases.items():     # without stats the matrix units take part
+        card = drawn(scene.to(b.device), cameras.to(b.device), outputs, settings, with_stats=stats)
+        exact = drawn(scene.to(dtype=torch.float64), cameras.to(dtype=torch.float64), outputs, settings, with_stats=stats)
         table[name] = {k: float((card[k] - exact[k]).norm() / exact[k].norm().clamp_min(1e-300)) for k in exact}
         print(f"parity, {name}: " + ", ".join(f"{k} {x:.1e}" for k, x in table[name].items()), flush=True)
     return table
@@ -170,6 +171,7 @@ def small(b: Bench) -> dict:
     for settings in (RasterSettings(), RasterSettings(deterministic=True)):
         drawn(scene, cameras, ("color", "expected_depth", "median_depth", "features"), settings)
         drawn(scene, cameras, ("color",), settings)
+        drawn(scene, cameras, ("color",), settings, with_stats=False)
     ours = Ours(scene.replace(features=None, sh=torch.randn(len(scene), 16, 3, device=b.device)), [cameras[0]], b.device, [torch.rand(40, 40, 3, device=b.device)])
     ours.step()
     l1_ssim(torch.rand(37, 51, 3, device=b.device).requires_grad_(), torch.rand(37, 51, 3, device=b.device), mask=torch.rand(37, 51, device=b.device) > 0.5).backward()
@@ -209,12 +211,12 @@ def speed(b: Bench, sizes=(1_000_000, 6_000_000)) -> dict:
                      "gsplat selective": Theirs(scene, views, b.device, targets, False, True)}
         v = torch.randn(1, height, width, 3, generator=torch.Generator().manual_seed(9)).to(b.device)
         parts = {"forward": {k: r.forward for k, r in rows.items() if "selective" not in k}, "backward": {k: r.backward_of(v) for k, r in rows.items() if "selective" not in k},
-                 "step": {k: r.step for k, r in rows.items()}}
+                 "step": {k: r.step for k, r in rows.items()} | {"ours by autograd": rows["ours"].step_by_autograd}}
         table = {part: clock(tasks, b.rounds, b.repeats, b.device) for part, tasks in parts.items()}
         del parts["backward"]
         table["step MB"] = {k: {"MB": peak_bytes(task, b.device) / 2**20} for k, task in parts["step"].items()}
         for part, row in table.items():
-            best = [x for k, x in row.items() if k != "ours"]
+            best = [x for k, x in row.items() if "ours" not in k]
             unit = "MB" if part == "step MB" else "ms"
             ratio = row["ours"][unit] / min(x[unit] for x in best) if best else None
             table[part] = row | ({"ratio": ratio} if best else {})
@@ -258,6 +260,9 @@ def kernels(b: Bench) -> dict:
         scene, views = dense(b.data, b.size(n), width, height)
         ours = Ours(scene, views, b.device, [torch.rand(height, width, 3, device=b.device) for _ in range(3)])
         result[str(n)] = ours.step
+        if n == 1_000_000:
+            s, c, v = scene.to(b.device).requires_grad_(), views[0].to(b.device), torch.rand(1, height, width, 3, device=b.device)
+            result["1000000 deterministic"] = lambda: torch.autograd.grad(render(s, c, settings=RasterSettings(deterministic=True)).color, list(s.fields().values()), v)
     scene, camera = pixel_pair(384, 32 if b.dry else 256)
     leaves, camera = scene.to(b.device).requires_grad_(), camera.to(b.device)
     inputs = [leaves.means, leaves.quats, leaves.log_scales, leaves.logit_opacities, leaves.features]

@@ -58,6 +58,14 @@ def l1_ssim(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], ssim_
     return (_L1SSIM.apply(*inputs) if with_gradient else _l1_ssim(*inputs))[0]
 
 
+@torch.no_grad()
+def l1_ssim_and_gradient(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], ssim_weight: float = 0.2,
+                         mask: Shaped[Tensor, "H W"] | None = None) -> tuple[Float[Tensor, ""], Float[Tensor, "H W 3"]]:
+    """l1_ssim and its gradient by `image`, outside of autograd. Needs the native library of the pictures' device."""
+    _check(image, target, mask)
+    return _l1_ssim(image, target, None if mask is None else mask != 0, ssim_weight, True)
+
+
 def l1_ssim_reference(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], ssim_weight: float = 0.2,
                       mask: Shaped[Tensor, "H W"] | None = None) -> Float[Tensor, ""]:
     """l1_ssim in plain torch, differentiable in both pictures: the definition."""

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import native
+from .raster import Recorded
 from .scene import LOG_SCALE_MAX, LOG_SCALE_MIN, Edit, Group, Scene
 
 LearningRates = Mapping[Group, float | Float[Tensor, " columns"]]
@@ -112,6 +113,43 @@ class Adam:
 
         Raises ValueError, with nothing changed, when shapes disagree (most often an edit that was not followed) or `pixels` is missing.
         """
+        fields, rates = self._begin(scene, grads, visible, pixels, learning_rates)
+        steps = self.row_steps if self._even is None else self._even
+        for group in self.m.keys() & grads.keys():
+            decay, ceiling = self._decay(group, pixels)
+            adam_(fields[group], grads[group], self.m[group], self.v[group], rates[group], self.betas, self.eps, steps, visible,
+                  (_ATTRIBUTES[group], decay, ceiling) if decay else None)
+        self._finish(scene, displacement)
+
+    @torch.no_grad()
+    def step_recorded(self, scene: Scene, picture: Recorded, v_splats: Float[Tensor, "N 12"], sparse: bool = False, learning_rates: LearningRates | None = None,
+                      displacement: Float[Tensor, "N 3"] | None = None, pulls: Mapping[Group, float] = {}) -> None:
+        """step() straight from the gradient by a picture's projected Gaussians (`raster.splat_gradients`): on a card one kernel goes back through the
+        projection and takes the step, so no gradient of the scene is stored. `sparse`: rows that the picture does not show keep everything. `pulls`
+        are factors on d opacity / d logit_opacities and d scale / d log_scales that the gradients get beside the picture's.
+        """
+        visible, camera = (picture.radii_px > 0) if sparse else None, picture.camera
+        fields, rates = self._begin(scene, {}, visible, camera.width * camera.height, learning_rates)
+        groups = [g for g in ("means", "quats", "log_scales", "logit_opacities", "sh")]
+        each = torch.stack(_corrections(self.row_steps, self.betas), dim=1).to(scene.means) if self._even is None else None
+        opacity, ceiling = self._decay("logit_opacities", camera.width * camera.height)
+        library = native.library_of(scene.means)
+        library.sk_project_vjp_adam(
+            len(scene), camera.width, camera.height, picture.sh_degree, scene.sh.shape[1], picture.settings, *[fields[g] for g in groups], camera.world_to_cam.contiguous(),
+            camera.K.contiguous(), picture.radii_px, v_splats, *[self.m.get(g) for g in groups], *[self.v.get(g) for g in groups],
+            torch.cat([rates[g] if g in rates else fields[g].new_zeros(fields[g].shape[1:].numel()) for g in groups]), *self.betas, self.eps,
+            1 if self._even is None else self._even, each, int(sparse), opacity, self._decay("log_scales", camera.width * camera.height)[0], ceiling,
+            pulls.get("logit_opacities", 0.0), pulls.get("log_scales", 0.0), *library.room("PROJECT_VJP"))
+        torch.autograd.graph.increment_version([x for g in groups if g in self.m for x in (fields[g], self.m[g], self.v[g])])
+        self._finish(scene, displacement)
+
+    def _decay(self, group: Group, pixels: int | None) -> tuple[float, float]:
+        """Strength and ceiling of attribute_decay on this group at this step."""
+        return (self.attribute_decay.strength(group, self.steps_taken, pixels), self.attribute_decay.ceiling) if self.attribute_decay else (0.0, 0.0)
+
+    def _begin(self, scene: Scene, grads: Mapping[Group, Tensor], visible: Tensor | None, pixels: int | None,
+               learning_rates: LearningRates | None) -> tuple[dict[str, Tensor], dict[Group, Tensor]]:
+        """Checks a step, counts it, and returns the scene's fields and the rates of this step."""
         fields = scene.fields()
         rates = dict(self.learning_rates)
         for group, rate in (learning_rates or {}).items():
@@ -127,12 +165,9 @@ class Adam:
         self.steps_taken += 1
         self.row_steps += 1 if visible is None else visible
         self._even = None if visible is not None or self._even is None else self._even + 1
-        steps = self.row_steps if self._even is None else self._even
-        for group in self.m.keys() & grads.keys():
-            decay = self.attribute_decay.strength(group, self.steps_taken, pixels) if self.attribute_decay else 0.0
-            ceiling = self.attribute_decay.ceiling if self.attribute_decay else 0.0
-            adam_(fields[group], grads[group], self.m[group], self.v[group], rates[group], self.betas, self.eps, steps, visible,
-                  (_ATTRIBUTES[group], decay, ceiling) if decay else None)
+        return fields, rates
+
+    def _finish(self, scene: Scene, displacement: Tensor | None) -> None:
         if displacement is not None:
             scene.means.add_(displacement)
         if self.state_decay and (share := self.state_decay.share(self.steps_taken)):

@@ -3,12 +3,14 @@ import math
 
 import pytest
 import torch
+from backends import random_scene, ring
 
 from splatkit import native, optim
 from splatkit.camera import Cameras
 from splatkit.density import relocate_and_grow
-from splatkit.optim import Adam, AttributeDecay, StateDecay
-from splatkit.raster import RasterStats, render
+from splatkit.metrics import l1_ssim, l1_ssim_and_gradient
+from splatkit.optim import Adam, AttributeDecay, StateDecay, default_learning_rates
+from splatkit.raster import RasterStats, record, render, splat_gradients
 from splatkit.scene import Edit, Scene
 from test_optim import RATES, bits, both_paths, some_grads, some_scene      # noqa: F401 (a fixture)
 
@@ -225,3 +227,27 @@ def test_what_lies_behind_a_wall_dies_within_20_steps_unless_only_contributors_a
         adam.step(scene, dict(zip(("logit_opacities", "sh"), grads)), visible=visible, pixels=48 * 48)
     alive = torch.sigmoid(scene.logit_opacities) >= 0.005
     assert alive[:n].all() and bool(alive[n:].any()) == (mask == "contributed")
+
+
+@pytest.mark.parametrize("sparse, decays, degree", [(False, False, 3), (True, True, 2), (False, True, 0)])
+def test_a_recorded_step_is_the_step_on_the_gradients_of_autograd(native_dtype, sparse, decays, degree):
+    scene, camera = random_scene(80, seed=4, degree=3, dtype=native_dtype), ring(1, width=37, height=30, dtype=native_dtype)
+    background, target = torch.tensor([0.2, 0.5, 0.1], dtype=native_dtype), torch.rand(30, 37, 3, generator=torch.Generator().manual_seed(5)).to(native_dtype)
+    decay = AttributeDecay(opacity=50.0, scale=20.0, opacity_steps=(1, 9), scale_steps=(2, 9)) if decays else None
+    one, other = scene.clone(), scene.clone()
+    by_autograd, recorded = (Adam(s, default_learning_rates(1.0), attribute_decay=decay) for s in (one, other))
+    for step in range(4):
+        leaves, stats, stats2 = one.clone().requires_grad_(), *(RasterStats.zeros(len(one), dtype=native_dtype) for _ in range(2))
+        out = render(leaves, camera, background=background, sh_degree=degree, stats=stats)
+        grads = dict(zip(leaves.fields(), torch.autograd.grad(l1_ssim(out.color[0], target), list(leaves.fields().values()))))
+        o, pull = torch.sigmoid(one.logit_opacities), 0.01
+        grads["logit_opacities"] += pull * o * (1 - o)
+        by_autograd.step(one, grads, out.visible[0] if sparse else None, 37 * 30, learning_rates={"means": 1e-3})
+        picture = record(other, camera, background, degree)
+        loss, v_color = l1_ssim_and_gradient(picture.color, target)
+        recorded.step_recorded(other, picture, splat_gradients(picture, v_color, stats2), sparse, {"means": 1e-3}, pulls={"logit_opacities": pull})
+        assert torch.allclose(stats.grad_sum, stats2.grad_sum, rtol=1e-4) and torch.equal(stats.count, stats2.count)
+    assert torch.equal(by_autograd.row_steps, recorded.row_steps)
+    for name, x in one.fields().items():
+        assert not torch.equal(x, getattr(scene, name))
+        torch.testing.assert_close(getattr(other, name), x, rtol=1e-4, atol=2e-5 if native_dtype is torch.float32 else 1e-12)

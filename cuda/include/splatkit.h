@@ -59,7 +59,7 @@ enum { SK_FOR_PROJECT = 0, SK_FOR_PROJECT_VJP = 1, SK_FOR_BLEND = 2, SK_FOR_BLEN
 SK_API int64_t sk_scratch(int32_t entry, int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, int64_t capacity);
 
 // Projects n Gaussians into C cameras. sh_degree = -1: no colour (sh may be NULL). sh_bands is K, the coefficients stored per row.
-// Out: splats [C,n,SK_SPLAT] (rows with radii > 0 only), order [C,n] (visible rows, front to back, ties by row), radii [C,n] (0 = not drawn), tiles [C,n] (what a row reaches: x0 | x1 << 16 | y0 << 32 | y1 << 48, ends excluded; 0 = nothing), counts [C,3] (visible, pairs, rows that hold a NaN or an infinity and were left out).
+// Out: splats [C,n,SK_SPLAT] (rows with radii > 0 only), order [C,n] (visible rows, front to back, ties by row), radii [C,n] (0 = not drawn), tiles [C,n] (the box that a row reaches: x0 | x1 << 12 | y0 << 24 | y1 << 36, ends excluded, and << 48 how many of its tiles, 65535 for more; 0 = nothing), counts [C,3] (visible, pairs, rows that hold a NaN or an infinity and were left out).
 SK_API int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, real* splats, int32_t* order, real* radii, int64_t* tiles, int64_t* counts, int64_t* scratch, int64_t scratch_words, void* stream);
 
 // The vector-Jacobian product of sk_project. v_splats is overwritten nowhere; v_sh, v_world_to_cam, v_K optional. All v_ outputs are overwritten whole.
@@ -87,6 +87,11 @@ enum { SK_PLAIN = 0, SK_OPACITY = 1, SK_SCALE = 2 };
 // of t = step, or row by row those of corrections [n,2] (optional). visible [n] optional: rows that are 0 are left untouched.
 // For SK_OPACITY and SK_SCALE a step also has learning rate x min(decay x d attribute / d param / (sqrt(v) correction + epsilon), decay_max) taken off.
 SK_API int32_t sk_adam(int64_t n, int32_t columns, real* param, const real* grad, real* m, real* v, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const real* corrections, const int32_t* visible, int32_t attribute, double decay, double decay_max, void* stream);
+
+// sk_project_vjp of one camera and sk_adam on its gradients in one pass, so that no gradient is stored: in place on the fields and on their moments m_ and v_
+// (both NULL: the field is frozen). v_splats is used up. learning_rates holds 3 for means, 4 quats, 3 log_scales, 1 logit_opacities, 3 sh_bands for sh. The gradients of opacity and
+// scale first get pull x d attribute / d param. sparse != 0: rows with radii 0 are left untouched, else they take a step without a photometric gradient.
+SK_API int32_t sk_project_vjp_adam(int64_t n, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, real* means, real* quats, real* log_scales, real* logit_opacities, real* sh, const real* world_to_cam, const real* K, const real* radii, real* v_splats, real* m_means, real* m_quats, real* m_log_scales, real* m_logit_opacities, real* m_sh, real* v_means, real* v_quats, real* v_log_scales, real* v_logit_opacities, real* v_sh, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const real* corrections, int32_t sparse, double opacity_decay, double scale_decay, double decay_max, double opacity_pull, double scale_pull, int64_t* scratch, int64_t scratch_words, void* stream);
 
 // 3DGS-MCMC position noise in place (Kheradmand et al. 2024, eq. 9): means += Sigma (noise * gate(opacity) * scale), noise [n,3] standard normal.
 SK_API int32_t sk_mcmc_noise(int64_t n, real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* noise, double scale, void* stream);

@@ -76,11 +76,34 @@ int32_t sk_l1_ssim(int32_t width, int32_t height, const real* image, const real*
 
 int32_t sk_adam(int64_t n, int32_t columns, real* param, const real* grad, real* m, real* v, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const real* corrections, const int32_t* visible, int32_t attribute, double decay, double decay_max, void*) {
   return guarded("sk_adam", [&] {
-    double power1 = 1, power2 = 1;
-    for (int64_t i = 0; i < step && (power1 > 1e-30 || power2 > 1e-30); i++) power1 *= beta1, power2 *= beta2;
+    double correct1, correct2;
+    bias_corrections(beta1, beta2, step, correct1, correct2);
     const AdamStep<real> s = {(real)beta1, (real)beta2, (real)(1 - beta1), (real)(1 - beta2), (real)epsilon, (real)decay, (real)decay_max};
-    adam_rows(n, columns, param, grad, m, v, learning_rates, s, attribute, (real)(1 / (1 - power1)), (real)(1 / sk::sqrt(1 - power2)), corrections, visible);
+    adam_rows(n, columns, param, grad, m, v, learning_rates, s, attribute, (real)correct1, (real)correct2, corrections, visible);
     return SK_OK;
+  });
+}
+
+int32_t sk_project_vjp_adam(int64_t n, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, real* means, real* quats, real* log_scales, real* logit_opacities, real* sh, const real* world_to_cam, const real* K, const real* radii, real* v_splats, real* m_means, real* m_quats, real* m_log_scales, real* m_logit_opacities, real* m_sh, real* v_means, real* v_quats, real* v_log_scales, real* v_logit_opacities, real* v_sh, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const real* corrections, int32_t sparse, double opacity_decay, double scale_decay, double decay_max, double opacity_pull, double scale_pull, int64_t*, int64_t, void*) {
+  return guarded("sk_project_vjp_adam", [&] {   // here the gradients do take memory: what this saves is a card's
+    const int columns[] = {3, 4, 3, 1, 3 * sh_bands}, attributes[] = {SK_PLAIN, SK_PLAIN, SK_SCALE, SK_OPACITY, SK_PLAIN};
+    real *const params[] = {means, quats, log_scales, logit_opacities, sh}, *const m[] = {m_means, m_quats, m_log_scales, m_logit_opacities, m_sh}, *const v[] = {v_means, v_quats, v_log_scales, v_logit_opacities, v_sh};
+    std::vector<real> grads[5];
+    for (int g = 0; g < 5; g++) grads[g].resize(n * columns[g]);
+    if (sk_project_vjp(n, 1, width, height, sh_degree, sh_bands, settings, means, quats, log_scales, logit_opacities, sh, world_to_cam, K, nullptr, radii, v_splats, grads[0].data(), grads[1].data(), grads[2].data(), grads[3].data(), m_sh ? grads[4].data() : nullptr, nullptr, nullptr, nullptr, 0, nullptr) != SK_OK) return (int32_t)SK_ERROR;
+    for (int64_t i = 0; i < 3 * n && scale_pull != 0; i++) grads[2][i] += (real)scale_pull * slope<SCALE>(log_scales[i]);
+    for (int64_t i = 0; i < n && opacity_pull != 0; i++) grads[3][i] += (real)opacity_pull * slope<OPACITY>(logit_opacities[i]);
+    std::vector<int32_t> visible(sparse ? n : 0);
+    for (int64_t i = 0; i < (int64_t)visible.size(); i++) visible[i] = radii[i] > 0;
+    double correct1, correct2;
+    bias_corrections(beta1, beta2, step, correct1, correct2);
+    for (int g = 0; g < 5; g++) {
+      const double decay = attributes[g] == SK_SCALE ? scale_decay : attributes[g] == SK_OPACITY ? opacity_decay : 0;
+      const AdamStep<real> s = {(real)beta1, (real)beta2, (real)(1 - beta1), (real)(1 - beta2), (real)epsilon, (real)decay, (real)decay_max};
+      if (m[g]) adam_rows(n, columns[g], params[g], grads[g].data(), m[g], v[g], learning_rates, s, decay != 0 ? attributes[g] : SK_PLAIN, (real)correct1, (real)correct2, corrections, sparse ? visible.data() : nullptr);
+      learning_rates += columns[g];
+    }
+    return (int32_t)SK_OK;
   });
 }
 

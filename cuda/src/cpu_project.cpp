@@ -73,7 +73,7 @@ int project_chunk(const ProjectArgs& a, int64_t first, int64_t last, real* splat
       const int32_t row = near_rows[at + i];
       radii[first + row] = radius[i];
       const TileSpan t = {(int32_t)x_first[i] / SK_TILE, (int32_t)x_last[i] / SK_TILE + 1, (int32_t)y_first[i] / SK_TILE, (int32_t)y_last[i] / SK_TILE + 1};
-      tiles[first + row] = packed(t);
+      tiles[first + row] = packed(t, t.count());
       *pairs += t.count();
       keys[drawn] = near_keys[at + i];
       rows[drawn] = (int32_t)(first + row);

@@ -3,6 +3,7 @@
 
 #include "cuda_kernels.h"
 #include "cuda_sort.h"
+#include "sk/adam.h"
 
 // Inside the namespace, not `using` it: the host half of nvcc includes CUDA's math headers behind this page, whose sqrt(double) would become ambiguous.
 namespace sk {
@@ -47,10 +48,9 @@ struct BlendVjpScratch {
     slot_of = s.take<int64_t>(cameras * n);
     bytes = sum_bytes(cameras * n);
     temporary = s.take<char>(bytes);
-    written = s.take<uint8_t>(slots);
+    written = s.take<uint8_t>(slots * SUBS);
     if (channels) fixed_features = s.take<long long>(n * channels), fixed_scale = s.take<float>(2);
-    // Last: its size is what a call finds out from the scratch that it got.
-    records = s.take<float>(slots * RECORD);
+    records = s.take<float>(slots * SUBS * RECORD);
   }
 };
 
@@ -143,8 +143,8 @@ int32_t sk_project_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height
     double* pose = v_world_to_cam || v_K ? memory.take<double>((int64_t)16 * blocks_for(n, VJP_ROWS)) : nullptr;
     for (int c = 0; c < cameras && n; c++) {
       const ProjectArgs a = {n, width, height, sh_degree, sh_bands, Settings(settings), means, quats, log_scales, logit_opacities, sh, world_to_cam + 16 * c, K + 9 * c,
-                             offset(rows, 2 * c), nullptr, const_cast<float*>(radii) + c * n, nullptr, nullptr, nullptr, nullptr, v_splats + c * n * SK_SPLAT};
-      project_vjp(a, {v_means, v_quats, v_log_scales, v_logit_opacities, v_sh, pose}, c > 0, offset(v_world_to_cam, 16 * c), offset(v_K, 9 * c), to);
+                             offset(rows, 2 * c), nullptr, const_cast<float*>(radii) + c * n, nullptr, nullptr, nullptr, nullptr, const_cast<float*>(v_splats) + c * n * SK_SPLAT};
+      project_vjp(a, {{v_means, v_quats, v_log_scales, v_logit_opacities, v_sh}, pose, c > 0}, offset(v_world_to_cam, 16 * c), offset(v_K, 9 * c), to);
     }
     if (n == 0 && v_world_to_cam) check(cudaMemsetAsync(v_world_to_cam, 0, sizeof(float) * 16 * cameras, to), "memset");
     if (n == 0 && v_K) check(cudaMemsetAsync(v_K, 0, sizeof(float) * 9 * cameras, to), "memset");
@@ -230,10 +230,10 @@ int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, 
     if (!slots && weight_sums) check(cudaMemsetAsync(weight_sums, 0, sizeof(float) * cameras * n, to), "memset");
     if (v_features) check(cudaMemsetAsync(v_features, 0, sizeof(float) * n * channels, to), "memset");
     if (slots) {
-      check(cudaMemsetAsync(s.written, 0, slots, to), "memset");
+      check(cudaMemsetAsync(s.written, 0, slots * SUBS, to), "memset");
       count_slots(a, s.count, s.temporary, s.bytes, to);
     }
-    blend_vjp(a, to);
+    if (v_color || v_alpha || v_expected_depth || weight_sums || v_background) blend_vjp(a, to);
     if (by_features) blend_features_vjp(a, to);
     if (slots) sum_slots(a, to);
   });
@@ -252,9 +252,20 @@ int32_t sk_l1_ssim(int32_t width, int32_t height, const float* image, const floa
 
 int32_t sk_adam(int64_t n, int32_t columns, float* param, const float* grad, float* m, float* v, const float* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const float* corrections, const int32_t* visible, int32_t attribute, double decay, double decay_max, void* stream) {
   return guarded("sk_adam", [&] {
-    double power1 = 1, power2 = 1;
-    for (int64_t i = 0; i < step && (power1 > 1e-30 || power2 > 1e-30); i++) power1 *= beta1, power2 *= beta2;
-    adam_rows({n, columns, attribute, param, grad, m, v, learning_rates, beta1, beta2, epsilon, decay, decay_max, 1 / (1 - power1), 1 / sk::sqrt(1 - power2), corrections, visible}, (cudaStream_t)stream);
+    double correct1, correct2;
+    bias_corrections(beta1, beta2, step, correct1, correct2);
+    adam_rows({n, columns, attribute, param, grad, m, v, learning_rates, beta1, beta2, epsilon, decay, decay_max, correct1, correct2, corrections, visible}, (cudaStream_t)stream);
+  });
+}
+
+int32_t sk_project_vjp_adam(int64_t n, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, float* means, float* quats, float* log_scales, float* logit_opacities, float* sh, const float* world_to_cam, const float* K, const float* radii, float* v_splats, float* m_means, float* m_quats, float* m_log_scales, float* m_logit_opacities, float* m_sh, float* v_means, float* v_quats, float* v_log_scales, float* v_logit_opacities, float* v_sh, const float* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const float* corrections, int32_t sparse, double opacity_decay, double scale_decay, double decay_max, double opacity_pull, double scale_pull, int64_t*, int64_t, void* stream) {
+  return guarded("sk_project_vjp_adam", [&] {
+    const ProjectArgs a = {n, width, height, sh_degree, sh_bands, Settings(settings), means, quats, log_scales, logit_opacities, sh, world_to_cam, K,
+                           nullptr, nullptr, const_cast<float*>(radii), nullptr, nullptr, nullptr, nullptr, v_splats};
+    ProjectStep s = {{means, quats, log_scales, logit_opacities, sh}, {m_means, m_quats, m_log_scales, m_logit_opacities, m_sh}, {v_means, v_quats, v_log_scales, v_logit_opacities, v_sh},
+                     learning_rates, corrections, beta1, beta2, epsilon, 0, 0, opacity_decay, scale_decay, decay_max, (float)opacity_pull, (float)scale_pull, sparse != 0};
+    bias_corrections(beta1, beta2, step, s.correct1, s.correct2);
+    project_vjp_step(a, s, (cudaStream_t)stream);
   });
 }
 

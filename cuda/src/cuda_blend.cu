@@ -9,55 +9,45 @@ namespace {
 #define SK_BLEND_PX 2
 #endif
 constexpr int PX = SK_BLEND_PX;   // pixels a lane
+typedef Sub<PX> S;
 
-template <bool DEPTH> __global__ void __launch_bounds__(Sub<PX>::THREADS) blend_kernel(BlendArgs a) {
-  typedef Sub<PX> S;
-  __shared__ Record batch[S::BATCH];
+template <bool DEPTH> __global__ void __launch_bounds__(S::THREADS) blend_kernel(BlendArgs a) {
+  __shared__ Kept warps[S::WARPS];
   if (a.needed && a.needed[0] > a.capacity) return;
   const int c = blockIdx.y;
+  Kept& kept = warps[threadIdx.x / 32];
   const S sub(a, blockIdx.x);
-  const TileList list(a, (int64_t)c * a.tiles_x * a.tiles_y + blockIdx.x);
-  const float* splats = a.splats + c * a.n * SK_SPLAT;
-  float left[PX], depth[PX], median[PX];
+  Walk walk(a, c, blockIdx.x, sub.lane);
+  Light light[PX];
+  float depth[PX], median[PX];
   Vec3<float> sum[PX];
-  bool going[PX], any_going = false;
 #pragma unroll
   for (int p = 0; p < PX; p++) {
-    left[p] = 1, depth[p] = median[p] = 0;
+    light[p].left = sub.inside[p] ? 1 : 0;
+    depth[p] = median[p] = 0;
     sum[p] = {0, 0, 0};
-    going[p] = sub.inside[p];
-    any_going |= going[p];
   }
-  bool warp_going = __any_sync(FULL, any_going);
-  for (int64_t first = list.at; first < list.end; first += S::BATCH) {
-    if (!__syncthreads_or(warp_going)) break;
-    const int n = list.end - first < S::BATCH ? (int)(list.end - first) : S::BATCH;
-    if ((int)threadIdx.x < n) batch[threadIdx.x] = load_record(splats, list.pairs[first + threadIdx.x]);
-    __syncthreads();
-    for (int group = 0; group < n && warp_going; group += 32) {
-      for (unsigned left_over = sub.touching(a, batch, group, n); left_over; left_over &= left_over - 1) {
-        const Record& r = batch[group + __ffs(left_over) - 1];
-        const Gaussian2D<float> g = r.gaussian();
-        const float dx = sub.x - g.x;
+  for (bool going = true; going && walk.more();) {
+    const int count = walk.next(a, sub, kept);
+#pragma unroll 2
+    for (int i = 0; i < count; i++) {
+      const Record& r = kept.records[i];
+      const Gaussian2D<float> g = r.gaussian();
+      const float dx = sub.x - g.x;
 #pragma unroll
-        for (int p = 0; p < PX; p++) {
-          const AlphaAt<float> e = alpha_at(g, dx, sub.y[p] - g.y, a.cut, a.alpha_max);
-          const Step<float> step = blend_step(left[p], e.alpha, a.transmittance_min);
-          going[p] = going[p] && step.going;
-          const float w = going[p] ? step.weight : 0;
-          sum[p] = {sum[p].x + w * r[SK_R], sum[p].y + w * r[SK_G], sum[p].z + w * r[SK_BLUE]};
-          if (DEPTH) {
-            depth[p] += w * r[SK_Z];
-            if (going[p] && left[p] > 0.5f && step.left <= 0.5f) median[p] = r[SK_Z];
-          }
-          left[p] = going[p] ? step.left : left[p];
+      for (int p = 0; p < PX; p++) {
+        const float before = light[p].left, w = light[p].pass(alpha_at(g, dx, sub.y[p] - g.y, a.cut, a.alpha_max).alpha, a.transmittance_min);
+        sum[p] = {sum[p].x + w * r[SK_R], sum[p].y + w * r[SK_G], sum[p].z + w * r[SK_BLUE]};
+        if (DEPTH) {
+          depth[p] += w * r[SK_Z];
+          if (before > 0.5f && light[p].left <= 0.5f && light[p].left >= 0) median[p] = r[SK_Z];
         }
       }
-      any_going = false;
-#pragma unroll
-      for (int p = 0; p < PX; p++) any_going |= going[p];
-      warp_going = __any_sync(FULL, any_going);
     }
+    going = false;
+#pragma unroll
+    for (int p = 0; p < PX; p++) going |= light[p].going();
+    going = __any_sync(FULL, going);   // and every lane is done with what was kept
   }
   const int64_t picture = (int64_t)a.width * a.height * c;
   Vec3<float> background = {0, 0, 0};
@@ -66,12 +56,12 @@ template <bool DEPTH> __global__ void __launch_bounds__(Sub<PX>::THREADS) blend_
   for (int p = 0; p < PX; p++) {
     if (!sub.inside[p]) continue;
     const int64_t at = picture + sub.pixel[p];
-    const float opaque = 1 - left[p];
+    const float left = abs(light[p].left), opaque = 1 - left;
     a.alpha[at] = opaque;
     if (a.color) {
-      a.color[3 * at] = sum[p].x + left[p] * background.x;
-      a.color[3 * at + 1] = sum[p].y + left[p] * background.y;
-      a.color[3 * at + 2] = sum[p].z + left[p] * background.z;
+      a.color[3 * at] = sum[p].x + left * background.x;
+      a.color[3 * at + 1] = sum[p].y + left * background.y;
+      a.color[3 * at + 2] = sum[p].z + left * background.z;
     }
     if (a.expected_depth) a.expected_depth[at] = opaque > (float)1e-6 ? depth[p] * reciprocal(opaque) : 0;
     if (a.median_depth) a.median_depth[at] = median[p];
@@ -82,7 +72,7 @@ template <bool DEPTH> __global__ void __launch_bounds__(Sub<PX>::THREADS) blend_
 
 void blend(const BlendArgs& a, cudaStream_t stream) {
   const bool depth = a.expected_depth || a.median_depth;
-  launch("blend", depth ? blend_kernel<true> : blend_kernel<false>, dim3(a.tiles_x * a.tiles_y, a.cameras), dim3(Sub<PX>::THREADS), 0, stream, a);
+  launch("blend", depth ? blend_kernel<true> : blend_kernel<false>, dim3(a.tiles_x * a.tiles_y, a.cameras), dim3(S::THREADS), 0, stream, a);
 }
 
 }  // namespace sk

@@ -11,11 +11,13 @@ namespace {
 #endif
 constexpr int PX = SK_BLEND_VJP_PX;
 
+typedef Sub<PX> S;
+
 // What a (Gaussian, sub-tile) leaves, by log2 alpha = logo - u^2 - v^2 with u = a dx + b dy, v = c dy and h = d loss / d log2 alpha: h, h u, h v, h dx^2,
 // h dx dy, h dy^2, weight times v_colour; and in the full version weight times v_depth, |d loss / d x|, |d loss / d y|, the weight.
 constexpr int SUMS = 9, SUMS_FULL = 13;
 // Where each of the full version stands in a record; the gradient by the place needs a and b, c first.
-__device__ constexpr int FIELD[SUMS_FULL] = {SK_LOGO, SK_X, SK_Y, SK_A, SK_B, SK_C, SK_R, SK_G, SK_BLUE, SK_Z, SK_RX, SK_RY, 12};
+__device__ constexpr int FIELD[SUMS_FULL] = {SK_LOGO, SK_X, SK_Y, SK_A, SK_B, SK_C, SK_R, SK_G, SK_BLUE, SK_Z, SK_RX, SK_RY, SK_SPLAT};
 
 __device__ float dot_of(const float* x, const float* y, int count) {
   float sum = 0;
@@ -23,153 +25,252 @@ __device__ float dot_of(const float* x, const float* y, int count) {
   return sum;
 }
 
-template <bool FULL_RECORD, bool FIXED_ORDER> __global__ void __launch_bounds__(Sub<PX>::THREADS) blend_vjp_kernel(BlendVjpArgs v) {
-  typedef Sub<PX> S;
+// A lane's pixels before the walk: the gradients that come in, and the loss-weighted sum of everything that is blended (each Gaussian's share is
+// taken off as the walk passes it).
+template <bool FULL_RECORD> struct Pixels {
+  Light light[PX];
+  float behind[PX], v_z[PX];
+  Vec3<float> v_c[PX];
+
+  __device__ Pixels(const BlendVjpArgs& v, const S& sub, int c, int tile) {
+    const BlendArgs& a = v.forward;
+    const int64_t picture = (int64_t)a.width * a.height * c;
+    const int warp = threadIdx.x / 32;
+    Vec3<float> v_background = {0, 0, 0};
+#pragma unroll
+    for (int p = 0; p < PX; p++) {
+      light[p].left = sub.inside[p] ? 1 : 0;
+      behind[p] = 0, v_z[p] = 0;
+      v_c[p] = {0, 0, 0};
+      if (!sub.inside[p]) continue;
+      const int64_t at = picture + sub.pixel[p];
+      const float opaque = a.alpha[at], last = 1 - opaque;
+      float v_opaque = v.v_alpha ? v.v_alpha[at] : 0;
+      if (v.v_color) {
+        v_c[p] = {v.v_color[3 * at], v.v_color[3 * at + 1], v.v_color[3 * at + 2]};
+        behind[p] = v_c[p].x * a.color[3 * at] + v_c[p].y * a.color[3 * at + 1] + v_c[p].z * a.color[3 * at + 2];
+        v_background = v_background + last * v_c[p];
+      }
+      if (FULL_RECORD && v.every_channel) behind[p] += dot_of(v.v_features_out + at * a.channels, a.features_out + at * a.channels, a.channels);
+      if (FULL_RECORD && v.v_expected_depth) {
+        const float z = a.expected_depth[at];
+        v_z[p] = opaque > (float)1e-6 ? v.v_expected_depth[at] * reciprocal(opaque) : 0;
+        v_opaque -= v_z[p] * z;
+        behind[p] += v_z[p] * z * opaque;
+      }
+      behind[p] -= last * v_opaque;
+    }
+    if (v.tile_background) {
+      __shared__ float warps[S::WARPS][3];
+      const Vec3<float> total = {sum_of_warp(v_background.x), sum_of_warp(v_background.y), sum_of_warp(v_background.z)};
+      if (sub.lane == 0) warps[warp][0] = total.x, warps[warp][1] = total.y, warps[warp][2] = total.z;
+      __syncthreads();
+      if (threadIdx.x < 3) {
+        float sum = 0;
+        for (int w = 0; w < S::WARPS; w++) sum += warps[w][threadIdx.x];
+        v.tile_background[3 * ((int64_t)c * a.tiles_x * a.tiles_y + tile) + threadIdx.x] = sum;
+      }
+    }
+  }
+  __device__ bool going() const {
+    bool any = false;
+#pragma unroll
+    for (int p = 0; p < PX; p++) any |= light[p].going();
+    return __any_sync(FULL, any);
+  }
+};
+
+template <bool FULL_RECORD, bool FIXED_ORDER> __global__ void __launch_bounds__(S::THREADS) blend_vjp_kernel(BlendVjpArgs v) {
   constexpr int N = FULL_RECORD ? SUMS_FULL : SUMS;
-  constexpr int KEPT = FIXED_ORDER ? S::BATCH : 1;
-  __shared__ Record batch[S::BATCH];
-  __shared__ int32_t rows[S::BATCH];
-  __shared__ float kept[KEPT][S::WARPS][N];     // FIXED_ORDER: what each warp found, summed in the order of the warps
-  __shared__ uint8_t has[KEPT][S::WARPS];
+  __shared__ Kept kept_by_warp[S::WARPS];
+  __shared__ int64_t slots_by_warp[FIXED_ORDER ? S::WARPS : 1][GROUP];
   const BlendArgs& a = v.forward;
   const int c = blockIdx.y, tile = blockIdx.x, warp = threadIdx.x / 32;
+  Kept& kept = kept_by_warp[warp];
+  int64_t* slots = slots_by_warp[FIXED_ORDER ? warp : 0];
   const S sub(a, tile);
-  const TileList list(a, (int64_t)c * a.tiles_x * a.tiles_y + tile);
   const int64_t first_row = c * a.n, picture = (int64_t)a.width * a.height * c;
-  const float* splats = a.splats + first_row * SK_SPLAT;
-  float left[PX], behind[PX], v_z[PX];
-  Vec3<float> v_c[PX], v_background = {0, 0, 0};
-  bool going[PX], any_going = false;
-#pragma unroll
-  for (int p = 0; p < PX; p++) {
-    left[p] = 1, behind[p] = 0, v_z[p] = 0;
-    v_c[p] = {0, 0, 0};
-    going[p] = sub.inside[p];
-    any_going |= going[p];
-    if (!sub.inside[p]) continue;
-    const int64_t at = picture + sub.pixel[p];
-    const float opaque = a.alpha[at], last = 1 - opaque;
-    float v_opaque = v.v_alpha ? v.v_alpha[at] : 0;
-    if (v.v_color) {
-      v_c[p] = {v.v_color[3 * at], v.v_color[3 * at + 1], v.v_color[3 * at + 2]};
-      behind[p] = v_c[p].x * a.color[3 * at] + v_c[p].y * a.color[3 * at + 1] + v_c[p].z * a.color[3 * at + 2];
-      v_background = v_background + last * v_c[p];
-    }
-    if (FULL_RECORD && v.every_channel) behind[p] += dot_of(v.v_features_out + at * a.channels, a.features_out + at * a.channels, a.channels);
-    if (FULL_RECORD && v.v_expected_depth) {
-      const float z = a.expected_depth[at];
-      v_z[p] = opaque > (float)1e-6 ? v.v_expected_depth[at] * reciprocal(opaque) : 0;
-      v_opaque -= v_z[p] * z;
-      behind[p] += v_z[p] * z * opaque;
-    }
-    behind[p] -= last * v_opaque;
-  }
-  if (v.tile_background) {
-    __shared__ float warps[S::WARPS][3];
-    const Vec3<float> total = {sum_of_warp(v_background.x), sum_of_warp(v_background.y), sum_of_warp(v_background.z)};
-    if (sub.lane == 0) warps[warp][0] = total.x, warps[warp][1] = total.y, warps[warp][2] = total.z;
-    __syncthreads();
-    if (threadIdx.x < 3) {
-      float sum = 0;
-      for (int w = 0; w < S::WARPS; w++) sum += warps[w][threadIdx.x];
-      v.tile_background[3 * ((int64_t)c * a.tiles_x * a.tiles_y + tile) + threadIdx.x] = sum;
-    }
-  }
+  Pixels<FULL_RECORD> pixels(v, sub, c, tile);
   const TransposedSum<N> transposed(sub.lane);
   const int field = FIELD[transposed.index];
-  bool warp_going = __any_sync(FULL, any_going);
-  for (int64_t first = list.at; first < list.end; first += S::BATCH) {
-    if (!__syncthreads_or(warp_going)) break;
-    const int n = list.end - first < S::BATCH ? (int)(list.end - first) : S::BATCH;
-    if ((int)threadIdx.x < n) {
-      rows[threadIdx.x] = list.pairs[first + threadIdx.x];
-      batch[threadIdx.x] = load_record(splats, rows[threadIdx.x]);
-      if (FIXED_ORDER)
-        for (int w = 0; w < S::WARPS; w++) has[threadIdx.x][w] = 0;
-    }
-    __syncthreads();
-    for (int group = 0; group < n && warp_going; group += 32) {
-      for (unsigned left_over = sub.touching(a, batch, group, n); left_over; left_over &= left_over - 1) {
-        const int i = group + __ffs(left_over) - 1;
-        const Record& r = batch[i];
-        const Gaussian2D<float> g = r.gaussian();
-        const float dx = sub.x - g.x;
-        float m[N];
+  Walk walk(a, c, tile, sub.lane);
+  for (bool going = true; going && walk.more(); going = pixels.going()) {
+    const int count = walk.next(a, sub, kept, [&](int place, int row) {
+      if (FIXED_ORDER) slots[place] = slot_at(v, first_row + row, tile) * SUBS + warp;
+    });
+    for (int i = 0; i < count; i++) {
+      const Record& r = kept.records[i];
+      const Gaussian2D<float> g = r.gaussian();
+      const float dx = sub.x - g.x;
+      float m[N];
 #pragma unroll
-        for (int j = 0; j < N; j++) m[j] = 0;
-        bool seen = false;
+      for (int j = 0; j < N; j++) m[j] = 0;
+      bool seen = false;
 #pragma unroll
-        for (int p = 0; p < PX; p++) {
-          const float dy = sub.y[p] - g.y, ux = g.a * dx + g.b * dy, vy = g.c * dy;
-          const AlphaAt<float> e = alpha_at(g, dx, dy, a.cut, a.alpha_max);
-          const Step<float> step = blend_step(left[p], e.alpha, a.transmittance_min);
-          going[p] = going[p] && step.going;
-          const float w = going[p] ? step.weight : 0;
-          left[p] = going[p] ? step.left : left[p];
-          seen |= w > 0;
-          float dot = v_c[p].x * r[SK_R] + v_c[p].y * r[SK_G] + v_c[p].z * r[SK_BLUE];
-          if (FULL_RECORD) dot += v_z[p] * r[SK_Z];
-          if (FULL_RECORD && v.every_channel && w > 0)
-            dot += dot_of(v.v_features_out + (picture + sub.pixel[p]) * a.channels, a.features + (int64_t)rows[i] * a.channels, a.channels);
-          const float weighted = w * dot;
-          behind[p] -= weighted;
-          const float h = e.free && going[p] ? (float)LN2 * exponent_vjp(weighted, dimming(e.alpha), behind[p]) : 0;
-          const float hx = h * dx, hu = h * ux, hv = h * vy;
-          m[0] += h;
-          m[1] += hu;
-          m[2] += hv;
-          m[3] += hx * dx;
-          m[4] += hx * dy;
-          m[5] += h * dy * dy;
-          m[6] += w * v_c[p].x;
-          m[7] += w * v_c[p].y;
-          m[8] += w * v_c[p].z;
-          if constexpr (FULL_RECORD) {
-            m[9] += w * v_z[p];
-            m[10] += abs(2 * g.a * hu);
-            m[11] += abs(2 * (g.b * hu + g.c * hv));
-            m[12] += w;
-          }
-        }
-        if (!__any_sync(FULL, seen)) continue;
-        const float hu = m[1];
-        m[1] = 2 * g.a * hu;
-        m[2] = 2 * (g.b * hu + g.c * m[2]);
-        const float total = TransposedSum<N>::of(m, sub.lane);
-        if constexpr (FIXED_ORDER) {
-          if (transposed.first) kept[i][warp][transposed.index] = total;
-          if (sub.lane == 0) has[i][warp] = 1;
-        } else if (transposed.first) {
-          if (field < SK_SPLAT)
-            atomicAdd(v.v_splats + (first_row + rows[i]) * SK_SPLAT + field, total);
-          else if (v.weight_sums)
-            atomicAdd(v.weight_sums + first_row + rows[i], total);
+      for (int p = 0; p < PX; p++) {
+        const Vec3<float> v_c = pixels.v_c[p];
+        const float dy = sub.y[p] - g.y, ux = g.a * dx + g.b * dy, vy = g.c * dy;
+        const AlphaAt<float> e = alpha_at(g, dx, dy, a.cut, a.alpha_max);
+        const float w = pixels.light[p].pass(e.alpha, a.transmittance_min);
+        seen |= w > 0;
+        float dot = v_c.x * r[SK_R] + v_c.y * r[SK_G] + v_c.z * r[SK_BLUE];
+        if (FULL_RECORD) dot += pixels.v_z[p] * r[SK_Z];
+        if (FULL_RECORD && v.every_channel && w > 0)
+          dot += dot_of(v.v_features_out + (picture + sub.pixel[p]) * a.channels, a.features + (int64_t)kept.rows[i] * a.channels, a.channels);
+        const float weighted = w * dot;
+        pixels.behind[p] -= weighted;
+        const float h = e.free && w > 0 ? (float)LN2 * exponent_vjp(weighted, dimming(e.alpha), pixels.behind[p]) : 0;
+        const float hx = h * dx, hy = h * dy, hu = h * ux, hv = h * vy;
+        m[0] += h;
+        m[1] += hu;
+        m[2] += hv;
+        m[3] += hx * dx;
+        m[4] += hx * dy;
+        m[5] += hy * dy;
+        m[6] += w * v_c.x;
+        m[7] += w * v_c.y;
+        m[8] += w * v_c.z;
+        if constexpr (FULL_RECORD) {
+          m[9] += w * pixels.v_z[p];
+          m[10] += abs(2 * g.a * hu);
+          m[11] += abs(2 * (g.b * hu + g.c * hv));
+          m[12] += w;
         }
       }
-      any_going = false;
-#pragma unroll
-      for (int p = 0; p < PX; p++) any_going |= going[p];
-      warp_going = __any_sync(FULL, any_going);
-    }
-    if constexpr (FIXED_ORDER) {
-      __syncthreads();
-      if ((int)threadIdx.x < n) {
-        const int64_t slot = slot_at(v, first_row + rows[threadIdx.x], tile);
-        bool some = false;
-        float sums[N] = {};
-        for (int w = 0; w < S::WARPS; w++) {
-          if (!has[threadIdx.x][w]) continue;
-          some = true;
-          for (int j = 0; j < N; j++) sums[j] += kept[threadIdx.x][w][j];
+      if (!__any_sync(FULL, seen)) continue;
+      const float hu = m[1];
+      m[1] = 2 * g.a * hu;
+      m[2] = 2 * (g.b * hu + g.c * m[2]);
+      const float total = TransposedSum<N>::of(m, sub.lane);
+      const int64_t row = first_row + kept.rows[i];
+      if constexpr (FIXED_ORDER) {
+        const int64_t slot = slots[i];
+        if (slot < v.slots * SUBS) {
+          float* record = v.records + slot * RECORD;
+          if (transposed.first) record[field] = total;
+          if (N < SUMS_FULL && sub.lane < SUMS_FULL - N) record[SUMS + sub.lane] = 0;
+          if (sub.lane == 0) v.written[slot] = 1;
         }
-        if (some && slot < v.slots) {
-          for (int j = N; j < RECORD; j++) v.records[slot * RECORD + FIELD[j]] = 0;
-          for (int j = 0; j < N; j++) v.records[slot * RECORD + FIELD[j]] = sums[j];
-          v.written[slot] = 1;
-        }
+      } else if (transposed.first) {
+        if (field < SK_SPLAT)
+          atomicAdd(v.v_splats + row * SK_SPLAT + field, total);
+        else if (v.weight_sums)
+          atomicAdd(v.weight_sums + row, total);
       }
     }
   }
+}
+
+// ---- the same for colour alone, with h's moments by the matrix units (compute capability 8.0 on)
+// The sums of h times 1, x, y, x^2, x y, y^2 over a sub-tile's 64 pixels are a product of matrices, sixteen Gaussians by 64 pixels by six monomials. Counted
+// from the sub-tile's middle the monomials are exact in tf32, and h is two tf32 numbers, so only h's last two bits are lost. 160 instructions a step become 110.
+constexpr int SIXTEEN = 16, SIDE = 8, PIXELS = SIDE * SIDE;
+struct Moments {                              // of one warp; rows are Gaussians
+  float h[SIXTEEN][PIXELS + 4];               // padded: the four pixels that eight rows read at once lie in 32 banks
+  float sums[SIXTEEN][8], colour[SIXTEEN][4];
+};
+
+__device__ void add4(float* p, float x, float y, float z, float w) {
+#if __CUDA_ARCH__ >= 900
+  atomicAdd((float4*)p, make_float4(x, y, z, w));
+#else
+  atomicAdd(p, x), atomicAdd(p + 1, y), atomicAdd(p + 2, z), atomicAdd(p + 3, w);
+#endif
+}
+
+// Adds what `count` Gaussians have left in m to their records; lane l < count has number `mine` of those kept.
+__device__ void add_moments(const BlendVjpArgs& v, Moments& m, const Kept& kept, int64_t first_row, int count, int mine, int lane, float middle_x, float middle_y) {
+  __syncwarp();
+  // This lane's monomial, as p + y (q + r y) with y the row of pixels, at the two columns that it holds.
+  int n = lane / 4;
+  const float x0 = (float)(lane % 4) - 3.5f, x1 = x0 + 4;
+  const float p0 = n == 0 ? 1 : n == 1 ? x0 : n == 3 ? x0 * x0 : 0, p1 = n == 0 ? 1 : n == 1 ? x1 : n == 3 ? x1 * x1 : 0;
+  const float q0 = n == 2 ? 1 : n == 4 ? x0 : 0, q1 = n == 2 ? 1 : n == 4 ? x1 : 0, r = n == 5 ? 1 : 0;
+  float sums[4] = {};
+#pragma unroll
+  for (int row = 0; row < SIDE; row++) {
+    const float y = (float)row - 3.5f, b[2] = {p0 + y * (q0 + r * y), p1 + y * (q1 + r * y)};
+    const float *h = &m.h[lane / 4][row * SIDE + lane % 4], *below = h + 8 * (PIXELS + 4);
+    const float a[4] = {h[0], below[0], h[4], below[4]}, high[4] = {kept_by_tf32(a[0]), kept_by_tf32(a[1]), kept_by_tf32(a[2]), kept_by_tf32(a[3])};
+    const float low[4] = {a[0] - high[0], a[1] - high[1], a[2] - high[2], a[3] - high[3]};
+    multiply_add(sums, high, b);
+    multiply_add(sums, low, b);
+  }
+  *(float2*)&m.sums[lane / 4][2 * (lane % 4)] = {sums[0], sums[1]};
+  *(float2*)&m.sums[lane / 4 + 8][2 * (lane % 4)] = {sums[2], sums[3]};
+  __syncwarp();
+  if (lane < count) {
+    const float* s = m.sums[lane];
+    const float m1 = s[0], mx = s[1], my = s[2];
+    const Gaussian2D<float> g = kept.records[mine].gaussian();
+    const float x = middle_x - g.x, y = middle_y - g.y;   // from the Gaussian to the sub-tile's middle
+    const float dx = mx + x * m1, dy = my + y * m1;
+    const float xx = s[3] + x * (mx + dx), xy = s[4] + x * my + y * dx, yy = s[5] + y * (my + dy);
+    const float hu = g.a * dx + g.b * dy, hv = g.c * dy;
+    float* record = v.v_splats + (first_row + kept.rows[mine]) * SK_SPLAT;
+    const float* colour = m.colour[lane];
+    add4(record, 2 * g.a * hu, 2 * (g.b * hu + g.c * hv), xx, xy);
+    add4(record + SK_C, yy, m1, colour[0], colour[1]);
+    atomicAdd(record + SK_BLUE, colour[2]);
+    static_assert(SK_C == 4 && SK_LOGO == 5 && SK_R == 6 && SK_G == 7, "four numbers at once");
+  }
+  __syncwarp();
+}
+
+__global__ void __launch_bounds__(S::THREADS) blend_vjp_moments_kernel(BlendVjpArgs v) {
+  static_assert(PX == 2, "sub-tiles of 8 x 8 pixels");
+  __shared__ Kept kept_by_warp[S::WARPS];
+  alignas(16) __shared__ Moments moments_by_warp[S::WARPS];
+  const BlendArgs& a = v.forward;
+  const int c = blockIdx.y, tile = blockIdx.x, warp = threadIdx.x / 32;
+  Kept& kept = kept_by_warp[warp];
+  Moments& m = moments_by_warp[warp];
+  const S sub(a, tile);
+  const int64_t first_row = c * a.n;
+  const float middle_x = from_centre<float>(sub.left, a.width) + 3.5f, middle_y = from_centre<float>(sub.top, a.height) + 3.5f;
+  Pixels<false> pixels(v, sub, c, tile);
+  const TransposedSum<3> transposed(sub.lane);
+  Walk walk(a, c, tile, sub.lane);
+  for (bool going = true; going && walk.more(); going = pixels.going()) {
+    const int count = walk.next(a, sub, kept);
+    int filled = 0, mine = 0;
+    for (int i = 0; i < count; i++) {
+      const Record& r = kept.records[i];
+      const Gaussian2D<float> g = r.gaussian();
+      const float dx = sub.x - g.x;
+      float h[PX], colour[3] = {};
+      bool seen = false;
+#pragma unroll
+      for (int p = 0; p < PX; p++) {
+        const Vec3<float> v_c = pixels.v_c[p];
+        const AlphaAt<float> e = alpha_at(g, dx, sub.y[p] - g.y, a.cut, a.alpha_max);
+        const float w = pixels.light[p].pass(e.alpha, a.transmittance_min);
+        seen |= w > 0;
+        const float weighted = w * (v_c.x * r[SK_R] + v_c.y * r[SK_G] + v_c.z * r[SK_BLUE]);
+        pixels.behind[p] -= weighted;
+        h[p] = e.free && w > 0 ? (float)LN2 * exponent_vjp(weighted, dimming(e.alpha), pixels.behind[p]) : 0;
+        colour[0] += w * v_c.x, colour[1] += w * v_c.y, colour[2] += w * v_c.z;
+      }
+      if (!__any_sync(FULL, seen)) continue;
+#pragma unroll
+      for (int p = 0; p < PX; p++) m.h[filled][sub.lane + 32 * p] = h[p];
+      const float total = TransposedSum<3>::of(colour, sub.lane);
+      if (transposed.first) m.colour[filled][transposed.index] = total;
+      if (sub.lane == filled) mine = i;
+      if (++filled == SIXTEEN) {
+        add_moments(v, m, kept, first_row, filled, mine, sub.lane, middle_x, middle_y);
+        filled = 0;
+      }
+    }
+    if (filled) add_moments(v, m, kept, first_row, filled, mine, sub.lane, middle_x, middle_y);
+  }
+}
+
+bool has_matrix_units() {
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
+  return major >= 8;
 }
 
 __global__ void __launch_bounds__(ROWS) slots_kernel(const int64_t* tiles, int64_t rows, int32_t* count) {
@@ -177,18 +278,67 @@ __global__ void __launch_bounds__(ROWS) slots_kernel(const int64_t* tiles, int64
   if (i < rows) count[i] = unpacked(tiles[i]).count();
 }
 
-// Each row's records, tile by tile, so that the sum does not depend on which tile was finished first.
-__global__ void __launch_bounds__(ROWS) sum_slots_kernel(BlendVjpArgs v) {
-  const int64_t row = (int64_t)blockIdx.x * ROWS + threadIdx.x;
-  if (row >= v.forward.cameras * v.forward.n) return;
-  const int32_t count = unpacked(v.tiles[row]).count();
-  float sums[RECORD] = {};
-  for (int64_t s = v.slot_of[row]; s < v.slot_of[row] + count && s < v.slots; s++)
-    if (v.written[s])
+// Each row's records in a fixed order, so that the sum does not depend on which tile was finished first: `lanes` threads take every lanes-th tile each.
+__device__ void add_tiles(const BlendVjpArgs& v, int64_t first, int count, int lane, int lanes, float (&sums)[RECORD]) {
+  static_assert(SUBS == 8 && RECORD == 16, "eight flags are two words, a record four vectors");
+  for (int t = lane; t < count && first + t < v.slots; t += lanes) {
+    const uint2 flags = ((const uint2*)v.written)[first + t];
+    if (!(flags.x | flags.y)) continue;
+    for (int sub = 0; sub < SUBS; sub++) {
+      if (!((sub < 4 ? flags.x >> 8 * sub : flags.y >> 8 * (sub - 4)) & 0xff)) continue;
+      const float4* record = (const float4*)(v.records + ((first + t) * SUBS + sub) * RECORD);
 #pragma unroll
-      for (int j = 0; j < RECORD; j++) sums[j] += v.records[s * RECORD + j];
-  for (int j = 0; j < SK_SPLAT; j++) v.v_splats[row * SK_SPLAT + j] = sums[j];
+      for (int j = 0; j < RECORD; j += 4) {
+        const float4 four = record[j / 4];
+        sums[j] += four.x, sums[j + 1] += four.y, sums[j + 2] += four.z, sums[j + 3] += four.w;
+      }
+    }
+  }
+}
+
+__device__ void write_sums(const BlendVjpArgs& v, int64_t row, const float (&sums)[RECORD]) {
+  float4* out = (float4*)(v.v_splats + row * SK_SPLAT);
+#pragma unroll
+  for (int j = 0; j < SK_SPLAT; j += 4) out[j / 4] = make_float4(sums[j], sums[j + 1], sums[j + 2], sums[j + 3]);
   if (v.weight_sums) v.weight_sums[row] = sums[SK_SPLAT];
+}
+
+// Eight lanes a row; rows of many tiles, which the others would wait for, are taken by the whole block.
+constexpr int MANY = 256, LANES = 8, ROWS_OF_BLOCK = ROWS / LANES;
+__global__ void __launch_bounds__(ROWS) sum_slots_kernel(BlendVjpArgs v) {
+  __shared__ float parts[ROWS / 32][RECORD];
+  __shared__ int32_t many[ROWS_OF_BLOCK];
+  const int lane = threadIdx.x % LANES;
+  const int64_t rows = v.forward.cameras * v.forward.n, first_row = (int64_t)blockIdx.x * ROWS_OF_BLOCK, row = first_row + threadIdx.x / LANES;
+  const int count = row < rows ? unpacked(v.tiles[row]).count() : 0;
+  if (lane == 0) many[threadIdx.x / LANES] = count >= MANY ? count : 0;
+  float sums[RECORD] = {};
+  if (count && count < MANY) add_tiles(v, v.slot_of[row], count, lane, LANES, sums);
+#pragma unroll
+  for (int j = 0; j < SUMS_FULL; j++)
+    for (int bit = LANES / 2; bit; bit >>= 1) sums[j] += __shfl_xor_sync(FULL, sums[j], bit);
+  if (lane == 0 && row < rows && count < MANY) write_sums(v, row, sums);
+  __syncthreads();
+  for (int r = 0; r < ROWS_OF_BLOCK; r++) {
+    if (!many[r]) continue;
+    for (int j = 0; j < RECORD; j++) sums[j] = 0;
+    add_tiles(v, v.slot_of[first_row + r], many[r], threadIdx.x, ROWS, sums);
+#pragma unroll
+    for (int j = 0; j < SUMS_FULL; j++) sums[j] = sum_of_warp(sums[j]);
+    if (threadIdx.x % 32 == 0)
+#pragma unroll
+      for (int j = 0; j < RECORD; j++) parts[threadIdx.x / 32][j] = sums[j];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int j = 0; j < RECORD; j++) {
+        sums[j] = 0;
+        for (int w = 0; w < ROWS / 32; w++) sums[j] += parts[w][j];
+      }
+      write_sums(v, first_row + r, sums);
+    }
+    __syncthreads();
+  }
 }
 
 // One block a camera: adds up what its tiles found, in a fixed order.
@@ -214,13 +364,13 @@ void count_slots(const BlendVjpArgs& a, int32_t* count, void* temporary, size_t 
 }
 
 void sum_slots(const BlendVjpArgs& v, cudaStream_t stream) {
-  launch("sum_slots", sum_slots_kernel, dim3(blocks_for(v.forward.cameras * v.forward.n)), dim3(ROWS), 0, stream, v);
+  launch("sum_slots", sum_slots_kernel, dim3(blocks_for(v.forward.cameras * v.forward.n, ROWS_OF_BLOCK)), dim3(ROWS), 0, stream, v);
 }
 
 void blend_vjp(const BlendVjpArgs& v, cudaStream_t stream) {
   const BlendArgs& a = v.forward;
   const bool full = v.v_expected_depth || v.weight_sums, ordered = v.slots > 0;
-  auto* kernel = full ? ordered ? blend_vjp_kernel<true, true> : blend_vjp_kernel<true, false> : ordered ? blend_vjp_kernel<false, true> : blend_vjp_kernel<false, false>;
+  auto* kernel = !full && !ordered && has_matrix_units() ? blend_vjp_moments_kernel : full ? ordered ? blend_vjp_kernel<true, true> : blend_vjp_kernel<true, false> : ordered ? blend_vjp_kernel<false, true> : blend_vjp_kernel<false, false>;
   launch("blend_vjp", kernel, dim3(a.tiles_x * a.tiles_y, a.cameras), dim3(Sub<PX>::THREADS), 0, stream, v);
   if (v.v_background) launch("background", background_kernel, dim3(a.cameras), dim3(ROWS), 0, stream, v.tile_background, (int64_t)a.tiles_x * a.tiles_y, v.v_background);
 }

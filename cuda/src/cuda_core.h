@@ -82,6 +82,22 @@ template <class T> __device__ T sum_of_warp(T x) {
   return x;
 }
 
+// d [16,8] += a [16,8] b [8,8] by the matrix units, whose numbers keep 10 bits behind the first (tf32) and cut the rest off. Lane l holds d: rows l / 4 and
+// l / 4 + 8, columns 2 (l % 4) and the next; a: (l / 4, l % 4), (l / 4 + 8, l % 4), and both again four columns on; b: (l % 4, l / 4) and four rows on.
+#if defined(SK_EMULATOR)
+using emulator::multiply_add;
+#else
+__device__ inline void multiply_add(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(to_bits(a[0])), "r"(to_bits(a[1])), "r"(to_bits(a[2])), "r"(to_bits(a[3])), "r"(to_bits(b[0])), "r"(to_bits(b[1])));
+#endif
+}
+#endif
+// What a tf32 number keeps of x; x minus it fits in another.
+__device__ inline float kept_by_tf32(float x) { return from_bits(to_bits(x) & (int32_t)0xffffe000); }
+
 // Sums N numbers over a warp, half as many exchanges as N sums would take: at each step a lane keeps half of the numbers and gives its partner the
 // others. Afterwards lane l has the sum of number index_of(l); of lanes with the same number, one is `first`.
 template <int N> struct TransposedSum {

@@ -15,16 +15,27 @@ struct ProjectArgs {
   int64_t *tiles, *counts;
   uint32_t* keys;                 // [n]: depth, or all ones where not drawn
   int32_t* ids;                   // [n]: 0, 1, 2 ...
-  const float* v_splats;          // of the gradient alone
+  float* v_splats;                // of the gradient alone; a step uses it up
 };
 void project(const ProjectArgs& a, cudaStream_t stream);   // counts must be 0 before
 
 constexpr int VJP_ROWS = 128;      // rows of a block: its registers leave no room for more
+// What becomes of the gradients: written (or added), or taken at once as a step of Adam.
+enum { MEANS = 0, QUATS = 1, LOG_SCALES = 2, LOGITS = 3, SH = 4, GROUPS = 5 };
 struct ProjectGrads {
-  float *means, *quats, *log_scales, *logit_opacities, *sh;
+  float* groups[GROUPS];          // sh may be null
   double* pose;                   // [blocks_for(n, VJP_ROWS),16] or null
+  bool add;
 };
-void project_vjp(const ProjectArgs& a, const ProjectGrads& out, bool add, float* v_world_to_cam, float* v_K, cudaStream_t stream);
+struct ProjectStep {
+  float *params[GROUPS], *m[GROUPS], *v[GROUPS];   // moments are null where a group is frozen
+  const float *learning_rates, *corrections;
+  double beta1, beta2, epsilon, correct1, correct2, opacity_decay, scale_decay, decay_max;
+  float opacity_pull, scale_pull;
+  bool sparse;
+};
+void project_vjp(const ProjectArgs& a, const ProjectGrads& out, float* v_world_to_cam, float* v_K, cudaStream_t stream);
+void project_vjp_step(const ProjectArgs& a, const ProjectStep& out, cudaStream_t stream);
 
 // ---- cuda_bin.cu
 struct BinArgs {
@@ -54,7 +65,9 @@ struct BlendArgs {
 };
 void blend(const BlendArgs& a, cudaStream_t stream);
 
-// A deterministic backward keeps a record for every tile of every row's box, tile by tile from slot_of[row] on, and adds them up in that order.
+// A deterministic backward keeps a slot for every tile of every row's box, tile by tile from slot_of[row] on, with a record for each warp of the tile, and
+// adds them up in that order.
+constexpr int SUBS = 8;                // warps of a tile at most
 struct BlendVjpArgs {
   BlendArgs forward;
   const float *v_color, *v_alpha, *v_expected_depth, *v_features_out;
@@ -64,12 +77,12 @@ struct BlendVjpArgs {
   bool every_channel;             // blend_vjp itself takes the features' share of geometry, pixel by pixel: slow, but |d loss / d x| is not a sum over channels
   int64_t slots;                  // deterministic: places for records, else 0
   int64_t* slot_of;               // [C,n]
-  float* records;                 // [slots,RECORD]
-  uint8_t* written;               // [slots]
+  float* records;                 // [slots,SUBS,RECORD]
+  uint8_t* written;               // [slots,SUBS]
   long long* fixed_features;      // [n,channels]: v_features as whole numbers, whose sum has no order
   float* fixed_scale;             // [1]
 };
-constexpr int RECORD = SK_SPLAT + 1;   // a gradient record and the weight
+constexpr int RECORD = 16;             // a gradient record, the weight, and three numbers that align it
 void blend_vjp(const BlendVjpArgs& a, cudaStream_t stream);
 // Deterministic: before, where each row's records stand; after everything that leaves records, their sums.
 void sum_slots(const BlendVjpArgs& a, cudaStream_t stream);

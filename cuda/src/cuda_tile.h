@@ -1,12 +1,12 @@
-// How a block of threads walks the Gaussians of one tile: a warp has a sub-tile 8 pixels wide, PX pixels a lane, and skips what cannot touch it.
+// How a warp walks the Gaussians of a tile: it has a sub-tile of 8 x 4 PX pixels, PX a lane, tests 32 Gaussians at a time, one a lane, and keeps
+// those that may touch it in shared memory of its own. Warps wait for nobody.
 #pragma once
 #include "cuda_kernels.h"
 
 namespace sk {
 
-// PX = 1: eight warps of 8 x 4 pixels; PX = 2: four of 8 x 8.
 template <int PX> struct Sub {
-  static constexpr int THREADS = SK_TILE * SK_TILE / PX, WARPS = THREADS / 32, HEIGHT = 4 * PX, BATCH = THREADS;
+  static constexpr int THREADS = SK_TILE * SK_TILE / PX, WARPS = THREADS / 32, HEIGHT = 4 * PX;
   int lane, left, top;             // of the sub-tile's first pixel in the picture
   float x, y[PX];                  // this lane's pixel centres, from the picture's middle
   bool inside[PX];
@@ -28,25 +28,75 @@ template <int PX> struct Sub {
     }
   }
 
-  // Which of the 32 Gaussians from `first` on in the batch (n in all) may touch the sub-tile; bit i = Gaussian first + i.
-  __device__ unsigned touching(const BlendArgs& a, const Record* batch, int first, int n) const {
-    bool touches = false;
-    if (first + lane < n) {
-      const Record& r = batch[first + lane];
-      const Gaussian2D<float> g = r.gaussian();
-      const float lx = from_centre<float>(left, a.width) - g.x, ly = from_centre<float>(top, a.height) - g.y;
-      const Column<float> c = column_of(g, y_per_x_of(g), lx, lx + 7);
-      touches = peak_in(g, c, row_of(g, ly, ly + (HEIGHT - 1))) >= a.cut - (float)CULL_SLACK;
-    }
-    return __ballot_sync(FULL, touches);
+  __device__ bool touched_by(const BlendArgs& a, const Gaussian2D<float>& g) const {
+    const float lx = from_centre<float>(left, a.width) - g.x, ly = from_centre<float>(top, a.height) - g.y;
+    return peak_in(g, column_of(g, y_per_x_of(g), lx, lx + 7), row_of(g, ly, ly + (HEIGHT - 1))) >= a.cut - (float)CULL_SLACK;
   }
 };
 
-// The pairs of a tile, batch by batch into shared memory, until every pixel of the block has stopped.
-struct TileList {
+// Light that still reaches a pixel: above 0 while it goes on, minus what was left once it has stopped, 0 outside of the picture.
+struct Light {
+  float left;
+  __device__ bool going() const { return left > 0; }
+  // The weight of a Gaussian of this alpha.
+  __device__ float pass(float alpha, float transmittance_min) {
+    const Step<float> step = blend_step(left, alpha, transmittance_min);
+    left = step.going ? step.left : -abs(left);
+    return step.going ? step.weight : 0;
+  }
+};
+
+constexpr int GROUP = 32, PADDED = GROUP + 4;
+
+// What a warp keeps in shared memory: the records of a group that may touch its sub-tile, in order, and their rows. Behind them, up to a multiple of
+// 4, stand records that touch nothing.
+struct Kept {
+  Record records[PADDED];
+  int32_t rows[PADDED];
+};
+
+// The pairs of a tile, GROUP at a time; the next group is on its way while one is worked on.
+struct Walk {
   const int32_t* pairs;
+  const float* splats;
   int64_t at, end;
-  __device__ TileList(const BlendArgs& a, int64_t tile) : pairs(a.pairs), at(a.tile_offsets[tile]), end(a.tile_offsets[tile + 1]) {}
+  int lane, row, row_after;
+  Record record;
+
+  __device__ Walk(const BlendArgs& a, int camera, int tile, int lane) : pairs(a.pairs), splats(a.splats + camera * a.n * SK_SPLAT), lane(lane) {
+    const int64_t t = (int64_t)camera * a.tiles_x * a.tiles_y + tile;
+    at = a.tile_offsets[t];
+    end = a.tile_offsets[t + 1];
+    row = at + lane < end ? pairs[at + lane] : 0;
+    row_after = at + GROUP + lane < end ? pairs[at + GROUP + lane] : 0;
+    if (at + lane < end) record = load_record(splats, row);
+  }
+  __device__ bool more() const { return at < end; }
+
+  // Keeps what may touch the sub-tile; returns how many.
+  template <class S> __device__ int next(const BlendArgs& a, const S& sub, Kept& kept) {
+    return next(a, sub, kept, [](int, int) {});
+  }
+  // also(place, row) of each that is kept.
+  template <class S, class F> __device__ int next(const BlendArgs& a, const S& sub, Kept& kept, F&& also) {
+    const bool touches = at + lane < end && sub.touched_by(a, record.gaussian());
+    const unsigned mask = __ballot_sync(FULL, touches);
+    const int count = __popc(mask), place = __popc(mask & ((1u << lane) - 1));
+    if (touches) {
+      kept.records[place] = record;
+      kept.rows[place] = row;
+      also(place, row);
+    }
+    if (lane < 4 && count + lane < PADDED) {
+      kept.records[count + lane] = {{make_float4(0, 0, 0, 0), make_float4(0, -1e30f, 0, 0), make_float4(0, 0, 0, 0)}};
+    }
+    at += GROUP;
+    row = row_after;
+    if (at + lane < end) record = load_record(splats, row);
+    row_after = at + GROUP + lane < end ? pairs[at + GROUP + lane] : 0;
+    __syncwarp();
+    return count;
+  }
 };
 
 // Where the record of a row and a tile stands.

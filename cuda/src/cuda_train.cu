@@ -8,7 +8,10 @@ namespace sk {
 
 namespace {
 
-constexpr int SIDE = 16, HALO = SIDE + 2 * SSIM_RADIUS;   // pixels of a block, and with what its windows reach
+// A block works on SIDE x SIDE pixels of one channel at a time and reads HALO x HALO. A thread makes RUN neighbouring results from registers that slide:
+// a third of the reads of one result a thread.
+constexpr int SIDE = 32, HALO = SIDE + 2 * SSIM_RADIUS, RUN = 4, TAPS = 2 * SSIM_RADIUS + 1;
+static_assert(SIDE * SIDE == RUN * ROWS, "a thread has RUN results");
 
 __device__ float window(int offset) {
   constexpr float weights[SSIM_RADIUS + 1] = {(float)ssim_window(0), (float)ssim_window(1), (float)ssim_window(2), (float)ssim_window(3), (float)ssim_window(4), (float)ssim_window(5)};
@@ -20,7 +23,7 @@ struct LossArgs {
   const float *image, *target, *mask;
   double ssim_weight;
   const unsigned long long* pixels;   // how many count
-  float* maps;                        // [3][H,W,3]: d SSIM by mean, square, product; or null
+  float* maps;                        // [3 channels,3,H,W]: d SSIM by mean, square, product; or null
   double* partial;                    // [blocks,2]
   double* terms;
   float* v_image;
@@ -46,52 +49,79 @@ __device__ double sum_of_block(double x) {
   return total;
 }
 
-// SSIM of SIDE x SIDE pixels, channel by channel: weighted means along rows, then along columns.
-__global__ void __launch_bounds__(ROWS) ssim_kernel(LossArgs a) {
-  __shared__ float x[HALO][HALO + 1], y[HALO][HALO + 1], rows[4][HALO][SIDE];
-  const int left = blockIdx.x * SIDE, top = blockIdx.y * SIDE, tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
-  const int px = left + tx, py = top + ty;
-  const bool inside = px < a.width && py < a.height;
-  const int64_t pixel = (int64_t)py * a.width + px;
-  const float keep = inside && (!a.mask || a.mask[pixel] != 0) ? 1 : 0;
+// Weighted sums of RUN neighbours each, down the columns of rows [HALO][SIDE].
+template <int MAPS> __device__ void down(const float (&rows)[MAPS][HALO][SIDE], int column, int top, float (&out)[RUN][MAPS]) {
+#pragma unroll
+  for (int j = 0; j < TAPS + RUN - 1; j++)
+#pragma unroll
+    for (int k = 0; k < MAPS; k++) {
+      const float x = rows[k][top + j][column];
+#pragma unroll
+      for (int r = 0; r < RUN; r++)
+        if (j - r >= 0 && j - r < TAPS) out[r][k] += window(j - r - SSIM_RADIUS) * x;
+    }
+}
+
+struct Corner {   // of the halo, and whether a place in it is in the picture
+  int left, top, width, height;
+  __device__ bool inside(int row, int column) const {
+    const int x = left + column, y = top + row;
+    return x >= 0 && x < width && y >= 0 && y < height;
+  }
+  __device__ int64_t pixel(int row, int column) const { return (int64_t)(top + row) * width + left + column; }
+};
+
+// SSIM of SIDE x SIDE pixels: weighted means along rows, then down columns.
+__global__ void __launch_bounds__(ROWS, 4) ssim_kernel(LossArgs a) {
+  __shared__ float x[HALO][HALO + 1], y[HALO][HALO + 1];
+  alignas(16) __shared__ float rows[4][HALO][SIDE];
+  const Corner corner = {(int)blockIdx.x * SIDE - SSIM_RADIUS, (int)blockIdx.y * SIDE - SSIM_RADIUS, a.width, a.height};
+  const int column = threadIdx.x % SIDE, top = threadIdx.x / SIDE * RUN;
+  const int64_t plane = (int64_t)a.width * a.height;
   float l1 = 0, total = 0;
   for (int channel = 0; channel < 3; channel++) {
     __syncthreads();
     for (int i = threadIdx.x; i < HALO * HALO; i += ROWS) {
-      const int row = i / HALO, column = i % HALO, gx = left + column - SSIM_RADIUS, gy = top + row - SSIM_RADIUS;
-      const bool there = gx >= 0 && gx < a.width && gy >= 0 && gy < a.height;
-      const int64_t at = 3 * ((int64_t)gy * a.width + gx) + channel;
-      x[row][column] = there ? a.image[at] : 0;
-      y[row][column] = there ? a.target[at] : 0;
+      const int r = i / HALO, c = i % HALO;
+      const bool there = corner.inside(r, c);
+      const int64_t at = 3 * corner.pixel(r, c) + channel;
+      x[r][c] = there ? a.image[at] : 0;
+      y[r][c] = there ? a.target[at] : 0;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < HALO * SIDE; i += ROWS) {
-      const int row = i / SIDE, column = i % SIDE;
-      float mx = 0, my = 0, squares = 0, product = 0;
+    for (int i = threadIdx.x; i < HALO * SIDE / RUN; i += ROWS) {
+      const int r = i / (SIDE / RUN), c = i % (SIDE / RUN) * RUN;
+      float sum[4][RUN] = {};
 #pragma unroll
-      for (int j = 0; j <= 2 * SSIM_RADIUS; j++) {
-        const float p = x[row][column + j], q = y[row][column + j], wp = window(j - SSIM_RADIUS) * p, wq = window(j - SSIM_RADIUS) * q;
-        mx += wp;
-        my += wq;
-        squares += wp * p + wq * q;
-        product += wp * q;
+      for (int j = 0; j < TAPS + RUN - 1; j++) {
+        const float p = x[r][c + j], q = y[r][c + j], squares = p * p + q * q, product = p * q;
+#pragma unroll
+        for (int k = 0; k < RUN; k++)
+          if (j - k >= 0 && j - k < TAPS) {
+            const float w = window(j - k - SSIM_RADIUS);
+            sum[0][k] += w * p, sum[1][k] += w * q, sum[2][k] += w * squares, sum[3][k] += w * product;
+          }
       }
-      rows[0][row][column] = mx, rows[1][row][column] = my, rows[2][row][column] = squares, rows[3][row][column] = product;
+#pragma unroll
+      for (int k = 0; k < 4; k++) *(float4*)&rows[k][r][c] = make_float4(sum[k][0], sum[k][1], sum[k][2], sum[k][3]);
     }
     __syncthreads();
-    float mean[4] = {};
+    float mean[RUN][4] = {};
+    down<4>(rows, column, top, mean);
 #pragma unroll
-    for (int j = 0; j <= 2 * SSIM_RADIUS; j++)
-#pragma unroll
-      for (int k = 0; k < 4; k++) mean[k] += window(j - SSIM_RADIUS) * rows[k][ty + j][tx];
-    const Ssim<float> s = ssim(mean[0], mean[1], mean[2], mean[3]);
-    l1 += keep * abs(x[ty + SSIM_RADIUS][tx + SSIM_RADIUS] - y[ty + SSIM_RADIUS][tx + SSIM_RADIUS]);
-    total += keep * s.value;
-    if (a.maps && inside) {
-      const int64_t at = 3 * pixel + channel, plane = (int64_t)3 * a.width * a.height;
-      a.maps[at] = keep * s.by_mean;
-      a.maps[plane + at] = keep * s.by_square;
-      a.maps[2 * plane + at] = keep * s.by_product;
+    for (int r = 0; r < RUN; r++) {
+      const int row = top + r + SSIM_RADIUS, c = column + SSIM_RADIUS;
+      if (!corner.inside(row, c)) continue;
+      const int64_t pixel = corner.pixel(row, c);
+      const float keep = !a.mask || a.mask[pixel] != 0 ? 1 : 0;
+      const Ssim<float> s = ssim(mean[r][0], mean[r][1], mean[r][2], mean[r][3]);
+      l1 += keep * abs(x[row][c] - y[row][c]);
+      total += keep * s.value;
+      if (!a.maps) continue;
+      float* out = a.maps + 3 * channel * plane + pixel;
+      out[0] = keep * s.by_mean;
+      out[plane] = keep * s.by_square;
+      out[2 * plane] = keep * s.by_product;
     }
   }
   const double sum_l1 = sum_of_block(l1), sum_ssim = sum_of_block(total);
@@ -108,43 +138,64 @@ __global__ void __launch_bounds__(ROWS) terms_kernel(LossArgs a, int64_t blocks)
 }
 
 __global__ void __launch_bounds__(ROWS) loss_vjp_kernel(LossArgs a) {
-  __shared__ float in[3][HALO][HALO + 1], rows[3][HALO][SIDE];
-  const int left = blockIdx.x * SIDE, top = blockIdx.y * SIDE, tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
-  const int px = left + tx, py = top + ty;
-  const bool inside = px < a.width && py < a.height;
-  const int64_t pixel = (int64_t)py * a.width + px, plane = (int64_t)3 * a.width * a.height;
+  __shared__ float in[3][HALO][HALO + 1];
+  alignas(16) __shared__ float rows[3][HALO][SIDE];
+  const Corner corner = {(int)blockIdx.x * SIDE - SSIM_RADIUS, (int)blockIdx.y * SIDE - SSIM_RADIUS, a.width, a.height};
+  const int column = threadIdx.x % SIDE, top = threadIdx.x / SIDE * RUN;
+  const int64_t plane = (int64_t)a.width * a.height;
+  float result[3][RUN];
   const float seed = (float)seed_of(a), w1 = (float)(1 - a.ssim_weight) * seed, w2 = (float)-a.ssim_weight * seed;
-  const float keep = inside && (!a.mask || a.mask[pixel] != 0) ? 1 : 0;
+#pragma unroll
   for (int channel = 0; channel < 3; channel++) {
     __syncthreads();
     for (int i = threadIdx.x; i < HALO * HALO; i += ROWS) {
-      const int row = i / HALO, column = i % HALO, gx = left + column - SSIM_RADIUS, gy = top + row - SSIM_RADIUS;
-      const bool there = gx >= 0 && gx < a.width && gy >= 0 && gy < a.height;
-      const int64_t at = 3 * ((int64_t)gy * a.width + gx) + channel;
+      const int r = i / HALO, c = i % HALO;
+      const bool there = corner.inside(r, c);
+      const float* from = a.maps + 3 * channel * plane + corner.pixel(r, c);
 #pragma unroll
-      for (int k = 0; k < 3; k++) in[k][row][column] = there ? a.maps[k * plane + at] : 0;
+      for (int k = 0; k < 3; k++) in[k][r][c] = there ? from[k * plane] : 0;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < HALO * SIDE; i += ROWS) {
-      const int row = i / SIDE, column = i % SIDE;
-      float sum[3] = {};
+    for (int i = threadIdx.x; i < HALO * SIDE / RUN; i += ROWS) {
+      const int r = i / (SIDE / RUN), c = i % (SIDE / RUN) * RUN;
+      float sum[3][RUN] = {};
 #pragma unroll
-      for (int j = 0; j <= 2 * SSIM_RADIUS; j++)
+      for (int j = 0; j < TAPS + RUN - 1; j++)
 #pragma unroll
-        for (int k = 0; k < 3; k++) sum[k] += window(j - SSIM_RADIUS) * in[k][row][column + j];
+        for (int m = 0; m < 3; m++) {
+          const float p = in[m][r][c + j];
 #pragma unroll
-      for (int k = 0; k < 3; k++) rows[k][row][column] = sum[k];
+          for (int k = 0; k < RUN; k++)
+            if (j - k >= 0 && j - k < TAPS) sum[m][k] += window(j - k - SSIM_RADIUS) * p;
+        }
+#pragma unroll
+      for (int m = 0; m < 3; m++) *(float4*)&rows[m][r][c] = make_float4(sum[m][0], sum[m][1], sum[m][2], sum[m][3]);
     }
     __syncthreads();
-    if (!inside) continue;
-    float sum[3] = {};
+    float sum[RUN][3] = {};
+    down<3>(rows, column, top, sum);
 #pragma unroll
-    for (int j = 0; j <= 2 * SSIM_RADIUS; j++)
+    for (int r = 0; r < RUN; r++) {
+      const int row = top + r + SSIM_RADIUS, c = column + SSIM_RADIUS;
+      result[channel][r] = 0;
+      if (!corner.inside(row, c)) continue;
+      const int64_t pixel = corner.pixel(row, c), at = 3 * pixel + channel;
+      const float keep = !a.mask || a.mask[pixel] != 0 ? 1 : 0;
+      const float x = a.image[at], y = a.target[at], sign = x > y ? 1.0f : x < y ? -1.0f : 0.0f;
+      result[channel][r] = w1 * keep * sign + w2 * (sum[r][0] + 2 * x * sum[r][1] + y * sum[r][2]);
+    }
+  }
+  __syncthreads();
+  float* out = &in[0][0][0];   // rows of 3 SIDE numbers, as they are in the picture: lanes 12 bytes apart would write each sector three times
+  static_assert(3 * SIDE * SIDE <= 3 * HALO * (HALO + 1), "fits");
 #pragma unroll
-      for (int k = 0; k < 3; k++) sum[k] += window(j - SSIM_RADIUS) * rows[k][ty + j][tx];
-    const int64_t at = 3 * pixel + channel;
-    const float x = a.image[at], y = a.target[at], sign = x > y ? 1.0f : x < y ? -1.0f : 0.0f;
-    a.v_image[at] = w1 * keep * sign + w2 * (sum[0] + 2 * x * sum[1] + y * sum[2]);
+  for (int r = 0; r < RUN; r++)
+#pragma unroll
+    for (int channel = 0; channel < 3; channel++) out[(top + r) * 3 * SIDE + 3 * column + channel] = result[channel][r];
+  __syncthreads();
+  for (int i = threadIdx.x; i < 3 * SIDE * SIDE; i += ROWS) {
+    const int r = i / (3 * SIDE), c = i % (3 * SIDE);
+    if (corner.inside(r + SSIM_RADIUS, c / 3 + SSIM_RADIUS)) a.v_image[3 * corner.pixel(r + SSIM_RADIUS, SSIM_RADIUS) + c] = out[i];
   }
 }
 

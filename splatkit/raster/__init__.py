@@ -11,11 +11,12 @@ from .. import native
 from ..camera import Cameras
 from ..errors import BackendUnavailable
 from ..scene import Scene
-from .operators import render_native, uplift_native
+from .gsplat import gsplat_reason, render_gsplat
+from .operators import Recorded, record, render_native, splat_gradients, uplift_native
 from .reference import render_reference
 from .types import OUTPUTS, RasterSettings, RasterStats, RenderOutput
 
-__all__ = ["OUTPUTS", "RasterSettings", "RasterStats", "RenderOutput", "backends", "render", "uplift"]
+__all__ = ["OUTPUTS", "RasterSettings", "RasterStats", "Recorded", "RenderOutput", "backends", "record", "render", "splat_gradients", "uplift"]
 
 
 @torch.compiler.assume_constant_result      # tracing must not look into files
@@ -37,11 +38,11 @@ def _cuda_reason() -> str | None:
 
 
 # name -> (what draws, why it cannot run here or None)
-BACKENDS: dict[str, tuple[Callable | None, Callable[[], str | None]]] = {
+BACKENDS: dict[str, tuple[Callable, Callable[[], str | None]]] = {
     "cpu": (render_native, _cpu_reason),
     "reference": (render_reference, lambda: None),
     "cuda": (render_native, _cuda_reason),
-    "gsplat": (None, lambda: "the gsplat adapter is not part of this version"),
+    "gsplat": (render_gsplat, gsplat_reason),
 }
 
 

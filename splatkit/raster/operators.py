@@ -6,8 +6,10 @@ projection leaves is read while the blend already runs. Where it was too small, 
 import functools
 import math
 import threading
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .. import native
@@ -39,6 +41,51 @@ def render_native(scene: Scene, cameras: Cameras, outputs: tuple[str, ...], back
     color, alpha, expected_depth, median_depth, features, radii, *_ = out
     return RenderOutput(color if wanted & COLOR else None, alpha, expected_depth if wanted & EXPECTED_DEPTH else None,
                         median_depth if wanted & MEDIAN_DEPTH else None, features if wanted & FEATURES else None, radii > 0, radii)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One picture outside of autograd, with what its backward reads: what Adam.step_recorded goes back through."""
+
+    color: Float[Tensor, "H W 3"]
+    alpha: Float[Tensor, "H W"]
+    radii_px: Float[Tensor, " N"]
+    camera: Cameras
+    background: Tensor | None
+    sh_degree: int
+    settings: Tensor
+    splats: Tensor
+    tiles: Tensor
+    counts: Tensor
+    pairs: Tensor
+    tile_offsets: Tensor
+
+
+@torch.no_grad()
+def record(scene: Scene, camera: Cameras, background: Float[Tensor, " 3"] | None = None, sh_degree: int | None = None,
+           settings: RasterSettings = RasterSettings()) -> Recorded:
+    """The colour picture of one camera by the library of the scene's device, recorded for `splat_gradients`."""
+    if len(camera) != 1:
+        raise ValueError(f"record() draws one camera, got {len(camera)}")
+    packed, degree = packed_settings(settings), scene.sh_degree if sh_degree is None else sh_degree
+    background = None if background is None else background.expand(1, 3)
+    color, alpha, _, _, _, radii, splats, tiles, counts, pairs, offsets = _rasterize(
+        scene.means, scene.quats, scene.log_scales, scene.logit_opacities, scene.sh, None, camera.world_to_cam, camera.K, camera.rows, background,
+        camera.width, camera.height, degree, packed, COLOR, [])
+    return Recorded(color[0], alpha[0], radii[0], camera, background, degree, packed, splats, tiles, counts, pairs, offsets)
+
+
+@torch.no_grad()
+def splat_gradients(r: Recorded, v_color: Float[Tensor, "H W 3"], stats: RasterStats | None = None) -> Float[Tensor, "N 12"]:
+    """Gradient by the projected Gaussians (records of splatkit.h) from that by the picture's colour; fills `stats`."""
+    lib, camera, n = native.library_of(r.splats), r.camera, len(r.radii_px)
+    v_splats, weights = torch.empty_like(r.splats), r.splats.new_empty(1, n) if stats is not None else None
+    slots = max(1, _boxes(r.tiles)) if lib.needs_scratch and r.settings[CONST["SK_DETERMINISTIC"]] else 0
+    lib.sk_blend_vjp(n, 1, camera.width, camera.height, 0, r.settings, r.splats, r.tiles, r.counts, None, _given(r.background), r.pairs, r.tile_offsets, r.color, r.alpha,
+                     None, None, v_color.contiguous(), None, None, None, v_splats, None, None, weights, *lib.room("BLEND_VJP", n, 1, camera.width, camera.height, 0, slots))
+    if stats is not None:
+        stats.add_view(v_splats[0, :, CONST["SK_X"]:CONST["SK_Y"] + 1], v_splats[0, :, CONST["SK_RX"]:CONST["SK_RY"] + 1], weights[0], r.radii_px, camera.width, camera.height)
+    return v_splats[0]
 
 
 @functools.lru_cache(maxsize=64)
@@ -256,7 +303,7 @@ def uplift_native(scene: Scene, camera: Cameras, feature_map: Tensor, settings: 
 
 def _boxes(tiles: Tensor) -> int:
     """Tiles of all boxes: the records of a deterministic backward."""
-    x0, x1, y0, y1 = (tiles >> bits & 0xFFFF for bits in (0, 16, 32, 48))
+    x0, x1, y0, y1 = (tiles >> bits & 0xFFF for bits in (0, 12, 24, 36))
     return int(((x1 - x0) * (y1 - y0)).sum())
 
 

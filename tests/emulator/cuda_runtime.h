@@ -17,6 +17,7 @@
 #define SK_DYNAMIC_SHARED(name) char* name = emulator::dynamic_shared
 
 struct float2 { float x, y; };
+struct uint2 { unsigned x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct dim3 {
@@ -36,7 +37,18 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kern
 // Every thread of the block (or lane of the warp) gives a value and continues when all have; returns everybody's.
 const uint64_t* meet_warp(uint64_t value);
 bool meet_block(bool value);
-void atomic(const void* address);   // the next write there is atomic: for the race detector
+
+// An asynchronous copy writes rubbish at once and the numbers when its thread waits for it, so that neither may disturb anybody in between.
+struct Copy {
+  char* to;
+  const char* from;
+  size_t bytes;
+};
+void later(const Copy& copy);
+void commit();
+bool due(int groups_left, Copy& copy);   // takes one copy that must be done so that at most so many groups are under way
+
+void atomic(const void* address, size_t bytes);   // for the race detector: this thread reads and writes here in one piece
 
 struct ThreadIndex {
   operator unsigned() const { return thread_index(); }
@@ -52,11 +64,27 @@ template <class T> T unpacked(uint64_t bits) {
   memcpy(&x, &bits, sizeof x);
   return x;
 }
+// Out of the race detector's sight, which atomic() has told of them.
+template <class T> __attribute__((noinline, no_sanitize_thread)) T loaded(const T* p) { return *p; }
+template <class T> __attribute__((noinline, no_sanitize_thread)) void stored(T* p, T x) { *p = x; }
 template <class T, class F> T atomically(T* p, F&& f) {
-  atomic(p);
-  const T old = __atomic_load_n((volatile T*)p, __ATOMIC_RELAXED);
-  *(volatile T*)p = f(old);
+  atomic(p, sizeof *p);
+  const T old = loaded(p);
+  stored(p, f(old));
   return old;
+}
+
+// The matrix units' m16n8k8 product of tf32 numbers, fragment by fragment.
+inline void multiply_add(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  auto pair = [](float x, float y) { return packed(x) | packed(y) << 32; };
+  uint64_t all[3][32];
+  const uint64_t mine[3] = {pair(a[0], a[1]), pair(a[2], a[3]), pair(b[0], b[1])};
+  for (int i = 0; i < 3; i++) memcpy(all[i], meet_warp(mine[i]), sizeof all[i]);
+  auto part = [&](int i, int lane, int half) { return unpacked<float>((all[i][lane] >> 32 * half) & 0xffffe000u); };
+  const int lane = thread_index() % 32;
+  for (int r = 0; r < 2; r++)
+    for (int c = 0; c < 2; c++)
+      for (int k = 0; k < 8; k++) d[2 * r + c] += part(k / 4, lane / 4 * 4 + k % 4, r) * part(2, (2 * (lane % 4) + c) * 4 + k % 4, k / 4);
 }
 
 }  // namespace emulator
@@ -84,16 +112,13 @@ inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 inline long long __float2ll_rn(float x) { return llrintf(x); }
 
 template <class T> T atomicAdd(T* p, T x) { return emulator::atomically(p, [x](T old) { return (T)(old + x); }); }
-inline float atomicAdd(float* p, float x) {
-  emulator::atomic(p);
-  const float old = *p;
-  *p = old + x;
-  return old;
-}
 inline unsigned atomicMax(unsigned* p, unsigned x) { return emulator::atomically(p, [x](unsigned old) { return old > x ? old : x; }); }
 
 typedef struct Stream* cudaStream_t;
 enum cudaError_t { cudaSuccess = 0 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 };
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 9, cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) { return bytes ? (memset(p, value, bytes), cudaSuccess) : cudaSuccess; }

@@ -17,6 +17,14 @@ template <int attribute, class T> SK_FN T slope(T param) {
   return e / (whole * whole);
 }
 
+// Both corrections of step t for one number that has taken t steps.
+SK_FN void bias_corrections(double beta1, double beta2, int64_t t, double& correct1, double& correct2) {
+  double power1 = 1, power2 = 1;
+  for (int64_t i = 0; i < t && (power1 > 1e-30 || power2 > 1e-30); i++) power1 *= beta1, power2 *= beta2;
+  correct1 = 1 / (1 - power1);
+  correct2 = 1 / sqrt(1 - power2);
+}
+
 // correct1 = 1 / (1 - beta1^t), correct2 = 1 / sqrt(1 - beta2^t) with t the steps that this number has taken, this one included. The decay
 // is divided by the size of the photometric gradient, but never enters its moments.
 template <int attribute, class T> SK_FN void adam(T& param, T grad, T& m, T& v, T learning_rate, T correct1, T correct2, const AdamStep<Scalar<T>>& s) {

@@ -33,9 +33,14 @@ SK_FN bool any(bool a) { return a; }
 SK_FN uint32_t bits(bool a) { return a; }
 SK_FN float where(bool m, float a, float b) { return m ? a : b; }
 SK_FN double where(bool m, double a, double b) { return m ? a : b; }
+#if defined(__CUDA_ARCH__)   // one instruction
+SK_FN float min(float a, float b) { return fminf(a, b); }
+SK_FN float max(float a, float b) { return fmaxf(a, b); }
+#else
 SK_FN float min(float a, float b) { return a < b ? a : b; }
-SK_FN double min(double a, double b) { return a < b ? a : b; }
 SK_FN float max(float a, float b) { return a > b ? a : b; }
+#endif
+SK_FN double min(double a, double b) { return a < b ? a : b; }
 SK_FN double max(double a, double b) { return a > b ? a : b; }
 SK_FN float abs(float a) { return __builtin_fabsf(a); }
 SK_FN double abs(double a) { return __builtin_fabs(a); }
@@ -51,6 +56,16 @@ SK_FN float reciprocal(float a) {   // about 1 ulp
 #endif
 }
 SK_FN double reciprocal(double a) { return 1.0 / a; }
+SK_FN float quick_sqrt(float a) {   // about 1 ulp
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+#else
+  return sqrt(a);
+#endif
+}
+SK_FN double quick_sqrt(double a) { return sqrt(a); }
 SK_FN int32_t to_bits(float a) { int32_t i; __builtin_memcpy(&i, &a, 4); return i; }
 SK_FN int64_t to_bits(double a) { int64_t i; __builtin_memcpy(&i, &a, 8); return i; }
 SK_FN float from_bits(int32_t i) { float a; __builtin_memcpy(&a, &i, 4); return a; }

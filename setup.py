@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -77,7 +78,10 @@ def find_cuda():
             wanted = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.replace(".", "")
         except (OSError, subprocess.SubprocessError):
             return [], "nvidia-smi showed no card at install; SPLATKIT_CUDA_ARCHS=90 (say) builds for one that is elsewhere", []
-    archs = EVERY_CARD if wanted == "all" else sorted(set(wanted.replace(";", " ").replace(",", " ").split()), key=int)
+    archs = EVERY_CARD if wanted == "all" else wanted.replace(";", " ").replace(",", " ").split()
+    if not archs or not all(re.fullmatch(r"\d+", a) for a in archs):
+        return [], f"SPLATKIT_CUDA_ARCHS is {wanted!r}; expected compute capabilities without the point, as in '75;90', or 'all'", []
+    archs = sorted(set(archs), key=int)
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
     try:
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]

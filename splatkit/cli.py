@@ -56,9 +56,10 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
     layers = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     layers.add_argument("--preset", nargs="?")
     layers.add_argument("--config", nargs="?")
+    layers.add_argument("--device", nargs="?")
     chosen = layers.parse_known_args(argv)[0]
     if not chosen.preset and not chosen.config:
-        chosen.preset = "cpu"
+        chosen.preset = "gpu" if chosen.device == "cuda" or chosen.device != "cpu" and _looks_like_a_card() else "cpu"
     for path in filter(None, [chosen.preset and config.preset("reconstruct", chosen.preset), chosen.config]):
         default = config.load_yaml(path, default)
     if default.data == unnamed:     # no layer says where the photos are, so the command line must; typed as Path, hence not MISSING at once
@@ -72,7 +73,7 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
         """Fit a scene to posed photos.
 
         Args:
-            preset: Start from configs/reconstruct/NAME.yaml: cpu (what runs when neither this nor --config is given), quick (a first look).
+            preset: Start from configs/reconstruct/NAME.yaml: cpu or gpu (what runs when neither this nor --config is given, by the device), quick (a first look).
             config: Lay the values of this file over the preset, or over the defaults where none is named; flags come last.
         """
         from .reconstruct import reconstruct
@@ -87,6 +88,11 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
         return 0
 
     return reconstruct
+
+
+def _looks_like_a_card() -> bool:
+    """Whether a CUDA library was built here and a driver is loaded: asking torch takes two seconds, which --help should not."""
+    return (config.PRESETS.parent / "_native" / "libsplatkit_cuda.so").exists() and (shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists())
 
 
 def evaluate(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]) -> int:

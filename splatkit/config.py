@@ -163,6 +163,8 @@ class Reconstruct:
     """Steps between two writings of scene.ply and of a checkpoint."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder; on a CPU the result is that of a run without a break, bit by bit."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the scene is fitted; auto takes a CUDA device where the CUDA library runs."""
     backend: str = "auto"
     """Rasterizer; `splatkit doctor` lists those that run here."""
     antialias: bool = False

@@ -17,12 +17,23 @@ class Fixed:
     stats: RasterStats | None = None        # what render() fills for `after_step`
     opacity, scale_factor = 0.1, 1.0        # of the first Gaussians (density.from_points)
 
-    def __init__(self, config: Reconstruct, extent: float, n: int):
-        self.config, self.extent = config, extent
-        self.generator = torch.Generator().manual_seed(config.seed + 1)
+    def __init__(self, config: Reconstruct, extent: float, n: int, device: torch.device | str = "cpu"):
+        self.config, self.extent, self.device = config, extent, device
+        self.generator = torch.Generator(device).manual_seed(config.seed + 1)
 
+    def pulls(self, scene: Scene) -> dict[str, float]:
+        """What the loss has beside the photos, as factors on d opacity / d logit_opacities and d scale / d log_scales."""
+        return {}
+
+    @torch.no_grad()
     def regularise(self, grads: dict[str, Tensor], scene: Scene) -> None:
-        """Adds the gradients of what the loss has beside the photos."""
+        """Adds the gradients of `pulls`."""
+        pulls = self.pulls(scene)
+        if pull := pulls.get("logit_opacities"):
+            o = torch.sigmoid(scene.logit_opacities)
+            grads["logit_opacities"] += pull * o * (1 - o)
+        if pull := pulls.get("log_scales"):
+            grads["log_scales"] += pull * scene.scales
 
     def displacement(self, scene: Scene, rate: float) -> Tensor | None:
         """What is added to the means beside the step whose rate for them is `rate`."""
@@ -37,27 +48,22 @@ class Fixed:
         return {"generator": self.generator.get_state(), **stats}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
         stats = {name.removeprefix("stats."): x for name, x in state.items() if name.startswith("stats.")}
-        self.stats = RasterStats(**stats) if stats else None
+        self.stats = RasterStats(**{name: x.to(self.device) for name, x in stats.items()}) if stats else None
 
 
 class MCMC(Fixed):
     """3DGS-MCMC (Kheradmand et al. 2024)."""
 
-    def __init__(self, config: Reconstruct, extent: float, n: int):
-        super().__init__(config, extent, n)
+    def __init__(self, config: Reconstruct, extent: float, n: int, device: torch.device | str = "cpu"):
+        super().__init__(config, extent, n, device)
         self.opacity, self.scale_factor = config.mcmc.init_opacity, config.mcmc.init_scale
 
-    @torch.no_grad()
-    def regularise(self, grads: dict[str, Tensor], scene: Scene) -> None:
+    def pulls(self, scene: Scene) -> dict[str, float]:
         """Of opacity_reg * mean(opacities) + scale_reg * mean(standard deviations) (eq. 8)."""
         mcmc = self.config.mcmc
-        if mcmc.opacity_reg:
-            o = torch.sigmoid(scene.logit_opacities)
-            grads["logit_opacities"] += mcmc.opacity_reg / len(scene) * o * (1 - o)
-        if mcmc.scale_reg:
-            grads["log_scales"] += mcmc.scale_reg / (3 * len(scene)) * scene.scales
+        return {"logit_opacities": mcmc.opacity_reg / len(scene), "log_scales": mcmc.scale_reg / (3 * len(scene))}
 
     def displacement(self, scene: Scene, rate: float) -> Tensor | None:
         return mcmc_noise(scene, rate, self.config.mcmc.noise, self.generator)
@@ -72,10 +78,10 @@ class MCMC(Fixed):
 class ADC(Fixed):
     """Adaptive density control (Kerbl et al. 2023)."""
 
-    def __init__(self, config: Reconstruct, extent: float, n: int):
-        super().__init__(config, extent, n)
+    def __init__(self, config: Reconstruct, extent: float, n: int, device: torch.device | str = "cpu"):
+        super().__init__(config, extent, n, device)
         self.opacity, self.scale_factor = config.adc.init_opacity, config.adc.init_scale
-        self.stats = RasterStats.zeros(n)
+        self.stats = RasterStats.zeros(n, device)
 
     def after_step(self, scene: Scene, step: int) -> tuple[Scene, Edit | None]:
         adc = self.config.adc
@@ -88,7 +94,7 @@ class ADC(Fixed):
             scene, edit = grow_and_prune(scene, self.stats, grad_threshold=adc.grad_threshold, absgrad=adc.absgrad, split_scale=adc.split_scale * self.extent,
                                          cap=self.config.max_gaussians, prune_opacity=adc.prune_opacity, max_world_scale=0.1 * self.extent if was_reset else None,
                                          clone_opacity_correction=adc.clone_opacity_correction, generator=self.generator)
-            self.stats = RasterStats.zeros(len(scene))
+            self.stats = RasterStats.zeros(len(scene), self.device)
         if adc.reset_every and step % adc.reset_every == 0:
             scene, lowered = reset_opacity(scene)
             edit = edit.then(lowered) if edit else lowered

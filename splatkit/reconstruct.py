@@ -27,9 +27,9 @@ from .growth import KINDS, Fixed
 from .io import checkpoint
 from .io.atomic import replacing
 from .io.photos import load_capture, load_image
-from .metrics import l1_ssim, psnr, ssim
+from .metrics import l1_ssim, l1_ssim_and_gradient, psnr, ssim
 from .optim import Adam, AttributeDecay, StateDecay, exponential_decay, sh_learning_rates
-from .raster import RasterSettings, backends, render
+from .raster import RasterSettings, backends, record, render, splat_gradients
 from .scene import Scene
 
 PHOTO_CACHE_BYTES = 2 << 30
@@ -53,22 +53,23 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Views:
-    """The photos of a capture at the size that a run works with."""
+    """The photos of a capture at the size and on the device that a run works with."""
 
     capture: Capture
     downscale: float
     max_side: int = 0       # pixels; 0 = any
+    device: str = "cpu"
 
     def size(self, photo: Photo) -> tuple[int, int]:
         return photo.size_at(self.downscale, self.max_side)
 
     def camera(self, i: int) -> Cameras:
         photo = self.capture.photos[i]
-        return photo.camera().resized(*self.size(photo))
+        return photo.camera().resized(*self.size(photo)).to(self.device)
 
     def image(self, i: int) -> Tensor:
         photo = self.capture.photos[i]
-        return torch.from_numpy(load_image(photo, *self.size(photo)))
+        return torch.from_numpy(load_image(photo, *self.size(photo))).to(self.device)
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Fit:
         parts = {"scene": self.scene.detach().fields(), "adam": self.adam.state_dict(), "growth": self.growth.state_dict(),
                  "order": {"generator": self.order.get_state(), "queue": torch.tensor(self.queue, dtype=torch.int64)}}
         folder.mkdir(exist_ok=True)
-        checkpoint.save(folder, self.step, {f"{part}.{name}": x for part, state in parts.items() for name, x in state.items()}, values)
+        checkpoint.save(folder, self.step, {f"{part}.{name}": x.cpu() for part, state in parts.items() for name, x in state.items()}, values)
 
     @staticmethod
     def first(scene: Scene, growth: Fixed, config: Reconstruct, extent: float) -> Fit:
@@ -95,7 +96,7 @@ class Fit:
     @staticmethod
     def resumed(saved: checkpoint.Checkpoint, growth: Fixed, config: Reconstruct, extent: float) -> Fit:
         part = lambda name: {k.removeprefix(name): x for k, x in saved.tensors.items() if k.startswith(name)}
-        fit = Fit.first(Scene(**part("scene.")), growth, config, extent)
+        fit = Fit.first(Scene(**part("scene.")).to(growth.device), growth, config, extent)
         fit.adam.load_state_dict(part("adam."))
         fit.growth.load_state_dict(part("growth."))
         fit.order.set_state(saved.tensors["order.generator"])
@@ -112,8 +113,7 @@ def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **
     Raises BadFile for what is wrong with the photos or poses or where another process works in the run folder, BadConfig where a
     checkpoint to resume was made with other settings, BackendUnavailable where only the slow reference could draw.
     """
-    _check_backend(config.backend)
-    views = Views(load_capture(config.data), config.downscale, config.max_side)
+    views = Views(load_capture(config.data), config.downscale, config.max_side, _device(config))
     train, held = views.capture.split(config.hold_every)
     if not train:
         raise BadFile(config.data, "", f"{len(held)} photos and all are held out; add photos or set --hold-every 0")
@@ -131,9 +131,9 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
     cameras = {i: views.camera(i) for i in train}
     bytes_per_photo = 12 * max(c.width * c.height for c in cameras.values())
     image = functools.lru_cache(max(1, PHOTO_CACHE_BYTES // bytes_per_photo))(views.image)
-    settings, extent, background = _settings(config), _extent(cameras), torch.tensor(config.background)
+    settings, extent, background = _settings(config), _extent(cameras), torch.tensor(config.background, device=views.device)
     up, source = _up(cameras), config.data.resolve().name
-    growth = KINDS[config.densification](config, extent, min(len(views.capture.points), config.max_gaussians))
+    growth = KINDS[config.densification](config, extent, min(len(views.capture.points), config.max_gaussians), views.device)
     made_with = {"config": configs.to_yaml(dataclasses.replace(config, data=Path(), output=Path(), resume=False)), "photos": [views.capture.photos[i].name for i in train]}
     saved = checkpoint.load(run / "checkpoint") if config.resume and (run / "checkpoint").is_dir() else None
     if saved:
@@ -141,12 +141,12 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
         fit = Fit.resumed(saved, growth, config, extent)
     else:
         shutil.rmtree(run / "checkpoint", ignore_errors=True)
-        fit = Fit.first(_first_scene(views.capture, config, growth), growth, config, extent)
+        fit = Fit.first(_first_scene(views.capture, config, growth).to(views.device), growth, config, extent)
     configs.save(config, run / "config.yaml")
     _keep_lines(run / "metrics.jsonl", fit.step)
 
     def save() -> None:
-        io.save(run / "scene.ply", fit.scene.detach(), SceneHeader(settings.changed(), up, False, source, fit.step))
+        io.save(run / "scene.ply", fit.scene.detach().to("cpu"), SceneHeader(settings.changed(), up, False, source, fit.step))
 
     try:
         with (run / "metrics.jsonl").open("a") as log:
@@ -154,23 +154,17 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
                 fit.queue = fit.queue or [train[i] for i in torch.randperm(len(train), generator=fit.order).tolist()]
                 i = fit.queue.pop()
                 camera, photo = _at_step(cameras[i], image(i), step / config.steps, config)
-                scene = fit.scene.requires_grad_()
-                out = render(scene, camera, background=background, sh_degree=min(scene.sh_degree, (step - 1) // config.sh_every), settings=settings,
-                             stats=growth.stats, backend=config.backend)
-                loss = l1_ssim(out.color[0], photo, config.ssim_weight)
-                grads = dict(zip(scene.fields(), torch.autograd.grad(loss, list(scene.fields().values()))))
-                scene = scene.detach()
-                growth.regularise(grads, scene)
                 rate = exponential_decay(step, config.steps, config.lr.means, config.lr.means_final) * extent
-                fit.adam.step(scene, grads, out.visible[0] if config.adamw.sparse else None, camera.width * camera.height,
-                              learning_rates={"means": rate}, displacement=growth.displacement(scene, rate))
+                go = _recorded_step if _records(fit.scene, config) else _autograd_step
+                loss, color = go(fit, camera, photo, background, min(fit.scene.sh_degree, (step - 1) // config.sh_every), settings, rate, config)
+                scene = fit.scene.detach()
                 fit.scene, edit = growth.after_step(scene, step)
                 if edit is not None:
                     fit.adam.follow(edit)
                 fit.step = step
                 if step % 100 == 0 or step == config.steps:
-                    mse = float((out.color[0].detach() - photo).square().mean())
-                    record = {"step": step, "loss": float(loss.detach()), "psnr_train": -10 * math.log10(max(mse, 1e-12)), "gaussians": len(fit.scene),
+                    mse = float((color - photo).square().mean())
+                    record = {"step": step, "loss": float(loss), "psnr_train": -10 * math.log10(max(mse, 1e-12)), "gaussians": len(fit.scene),
                               "seconds": round(time.monotonic() - start, 3)}
                     log.write(json.dumps(record) + "\n")
                     log.flush()
@@ -184,9 +178,37 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
     return fit.scene
 
 
+def _records(scene: Scene, config: Reconstruct) -> bool:
+    """Whether steps go back through the recorded picture, which stores no gradient of the scene: by the CUDA library."""
+    return scene.means.is_cuda and config.backend in ("auto", "cuda")
+
+
+def _recorded_step(fit: Fit, camera: Cameras, photo: Tensor, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float, config: Reconstruct) -> tuple[Tensor, Tensor]:
+    """One step of the optimiser; the loss and the picture before it."""
+    scene = fit.scene.detach()
+    picture = record(scene, camera, background, sh_degree, settings)
+    loss, v_color = l1_ssim_and_gradient(picture.color, photo, config.ssim_weight)
+    fit.adam.step_recorded(scene, picture, splat_gradients(picture, v_color, fit.growth.stats), config.adamw.sparse, {"means": rate},
+                           fit.growth.displacement(scene, rate), fit.growth.pulls(scene))
+    return loss, picture.color
+
+
+def _autograd_step(fit: Fit, camera: Cameras, photo: Tensor, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float, config: Reconstruct) -> tuple[Tensor, Tensor]:
+    """The same by any backend."""
+    scene = fit.scene.requires_grad_()
+    out = render(scene, camera, background=background, sh_degree=sh_degree, settings=settings, stats=fit.growth.stats, backend=config.backend)
+    loss = l1_ssim(out.color[0], photo, config.ssim_weight)
+    grads = dict(zip(scene.fields(), torch.autograd.grad(loss, list(scene.fields().values()))))
+    scene = scene.detach()
+    fit.growth.regularise(grads, scene)
+    fit.adam.step(scene, grads, out.visible[0] if config.adamw.sparse else None, camera.width * camera.height, learning_rates={"means": rate},
+                  displacement=fit.growth.displacement(scene, rate))
+    return loss.detach(), out.color[0].detach()
+
+
 def _check_same_run(saved: checkpoint.Checkpoint, made_with: dict) -> None:
     was, now = (yaml.safe_load(values["config"]) for values in (saved.values, made_with))
-    if other := [name for name in now if was.get(name) != now[name]]:
+    if other := [name for name in now if was.get(name, now[name]) != now[name]]:     # an option that was not there yet is at its default
         raise BadConfig(f"{saved.path} was made with other values of {', '.join(other)}; give the same, or start anew without --resume")
     if saved.values["photos"] != made_with["photos"]:
         raise BadFile(saved.path, "photos", f"it was made with {len(saved.values['photos'])} other photos; start anew without --resume")
@@ -212,13 +234,12 @@ def evaluate(run: Path) -> Evaluation:
     if not (run / "config.yaml").is_file():
         raise BadFile(run, "config.yaml", "no such file; expected a run folder of `splatkit reconstruct`")
     config = configs.load_yaml(run / "config.yaml", Reconstruct)
-    _check_backend(config.backend)
-    views = Views(load_capture(config.data), config.downscale, config.max_side)
+    views = Views(load_capture(config.data), config.downscale, config.max_side, _device(config))
     _, held = views.capture.split(config.hold_every)
     if not held:
         raise BadFile(run, "config.yaml", "hold_every is 0: the run held out no photo to evaluate on")
     scene, _ = io.load(run / "scene.ply")
-    return _evaluate(views, held, scene, config, run / "eval")
+    return _evaluate(views, held, scene.to(views.device), config, run / "eval")
 
 
 @torch.no_grad()
@@ -226,9 +247,9 @@ def _evaluate(views: Views, held: list[int], scene: Scene, config: Reconstruct, 
     table, pairs = {}, []
     for i in held:
         photo = views.image(i)
-        picture = render(scene, views.camera(i), background=torch.tensor(config.background), settings=_settings(config), backend=config.backend).color[0].clamp(0, 1)
+        picture = render(scene, views.camera(i), background=torch.tensor(config.background, device=views.device), settings=_settings(config), backend=config.backend).color[0].clamp(0, 1)
         table[views.capture.photos[i].name] = {"psnr": float(psnr(picture, photo)), "ssim": float(ssim(picture, photo))}
-        pairs.append(torch.cat([photo, picture], dim=1))
+        pairs.append(torch.cat([photo, picture], dim=1).cpu())
     mean = {key: sum(row[key] for row in table.values()) / len(table) for key in ("psnr", "ssim")}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "metrics.json") as file:
@@ -246,11 +267,16 @@ def _write_png(path: Path, picture: Tensor) -> None:
         Image.fromarray(color_picture(picture)).save(file, "PNG")
 
 
-def _check_backend(backend: str) -> None:
+def _device(config: Reconstruct) -> str:
+    """Where the run works. Raises BackendUnavailable where that cannot be, or only at a crawl."""
     known = backends()
-    if backend == "auto" and known["cpu"] is not None:
+    device = ("cuda" if known["cuda"] is None and config.backend in ("auto", "cuda") else "cpu") if config.device == "auto" else config.device
+    if device == "cuda" and known["cuda"] is not None:
+        raise BackendUnavailable(f"cuda: {known['cuda']}; --device cpu works without")
+    if device == "cpu" and config.backend == "auto" and known["cpu"] is not None:
         raise BackendUnavailable(f"the native CPU library is missing ({known['cpu']}). `splatkit doctor` says what to do; "
                                  "--backend reference draws with plain torch, about a thousand times slower")
+    return "cuda" if config.backend == "gsplat" else device
 
 
 def _settings(config: Reconstruct) -> RasterSettings:

@@ -8,7 +8,7 @@ import torch
 
 from splatkit import config, io
 from splatkit.config import ADC, AdamWGS
-from splatkit.errors import BadConfig, BadFile
+from splatkit.errors import BackendUnavailable, BadConfig, BadFile
 from splatkit.growth import KINDS, Fixed
 from splatkit.io import checkpoint
 from splatkit.io.photos import load_capture
@@ -109,3 +109,23 @@ def test_resume_refuses_other_settings_and_starts_where_there_is_nothing(photos,
 def test_two_runs_in_one_folder_are_refused(photos, tmp_path, cpu_library):
     with checkpoint.lock(tmp_path), pytest.raises(BadFile, match="is working in this folder"):
         reconstruct(settings(photos, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["mcmc", "adc"])
+def test_steps_through_the_recorded_picture_lead_where_those_of_autograd_do(photos, tmp_path, cpu_library, monkeypatch, kind):
+    """What a card does, on the CPU: the same scene but for rounding, and a run that was stopped goes on bit by bit."""
+    changes = dict(densification=kind, adc=QUICK_ADC, adamw=dataclasses.replace(ALL, state_decay=False))
+    few = dict(steps=30, save_every=15)         # before growth, whose draws would turn rounding into other Gaussians
+    _, by_autograd = run(photos, tmp_path / "a", **few, **changes)
+    monkeypatch.setattr("splatkit.reconstruct._records", lambda *_: True)
+    _, recorded = run(photos, tmp_path / "b", **few, **changes)
+    for name, x in by_autograd.fields().items():
+        assert (getattr(recorded, name) - x).norm() < 0.02 * x.norm(), name
+    result, scene = run(photos, tmp_path / "c", **changes)
+    assert result.psnr > 16 and same(scene, run(photos, tmp_path / "d", **changes)[1])
+
+
+def test_a_run_on_a_card_that_is_not_there_is_refused_in_one_line(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("splatkit.reconstruct.backends", lambda: {"cuda": "torch sees no CUDA device", "cpu": None})
+    with pytest.raises(BackendUnavailable, match="no CUDA device; --device cpu works without"):
+        reconstruct(settings(photos, tmp_path, device="cuda"))

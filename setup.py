@@ -36,8 +36,8 @@ X86 = {
 OTHER = {"cpu_base": (CPU, []), "cpu_f64": (CPU, ["-DSK_REAL=double"])}
 LIBRARIES = X86 if platform.machine().lower() in ("x86_64", "amd64") else OTHER
 
-CUDA = ["cuda/src/cuda_sort.cu", "cuda/src/cuda_project.cu", "cuda/src/cuda_features.cu", "cuda/src/cuda_blend.cu", "cuda/src/cuda_blend_vjp.cu", "cuda/src/cuda_bin.cu",
-        "cuda/src/cuda_train.cu", "cuda/src/cuda.cu"]
+CUDA = [f"cuda/src/{name}.cu" for name in ("cuda_sort", "cuda_project_vjp", "cuda_features", "cuda_blend_vjp", "cuda_project", "cuda_blend", "cuda_bin", "cuda_loss",
+                                            "cuda_ordered", "cuda_train", "cuda")]     # the slowest to compile first
 NVCC = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icuda/include"]
 EVERY_CARD = ["75", "80", "86", "89", "90", "100", "120"]
 
@@ -125,7 +125,8 @@ def build(folder):
             library[n].unlink(missing_ok=True)
         print(f"libsplatkit_{n}.so: {reason or 'ok'}")
     libraries = {n: {"reason": reasons[n], "stamp": stamps[n]} for n in plan}
-    record.write_text(json.dumps({"compiler": version, "libraries": libraries}, indent=1))
+    archs = sorted({int(a) for flag in gencode for a in re.findall(r"compute_(\d+)", flag)})
+    record.write_text(json.dumps({"compiler": version, "libraries": libraries, "cuda_archs": archs}, indent=1))
 
 
 class BuildNative(build_ext):

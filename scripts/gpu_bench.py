@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from splatkit.camera import Cameras
+from splatkit.camera import Cameras, look_at
 from splatkit.density import neighbour_distance
 from splatkit.metrics import l1_ssim, l1_ssim_and_gradient
 from splatkit.optim import Adam, default_learning_rates
@@ -21,10 +21,18 @@ GROUPS = ("means", "quats", "log_scales", "logit_opacities", "sh")
 
 @functools.cache
 def garden(data: Path) -> tuple:
-    """Points, their colours, and the mean distance of each to its three neighbours; poses and intrinsics of three photos, and their size."""
-    z = np.load(data / "garden-points" / "test_garden.npz")
-    points, rgb = torch.from_numpy(z["means3d"]), torch.from_numpy(z["colors"]) / 255
-    cameras = (torch.from_numpy(z["viewmats"]).float(), torch.from_numpy(z["Ks"]).float(), int(z["width"]), int(z["height"]))
+    """Points, their colours, and the mean distance of each to its three neighbours; poses and intrinsics of three photos, and their size. Where the file
+    is absent, a cloud of 20,000 in front of three cameras: enough for a dry run, not for figures."""
+    file = data / "garden-points" / "test_garden.npz"
+    if file.exists():
+        z = np.load(file)
+        points, rgb = torch.from_numpy(z["means3d"]), torch.from_numpy(z["colors"]) / 255
+        cameras = (torch.from_numpy(z["viewmats"]).float(), torch.from_numpy(z["Ks"]).float(), int(z["width"]), int(z["height"]))
+    else:
+        g = torch.Generator().manual_seed(0)
+        points, rgb = torch.randn(20_000, 3, generator=g), torch.rand(20_000, 3, generator=g)
+        poses = torch.stack([look_at(torch.tensor([x, 0.5, -4.0]), torch.zeros(3), torch.tensor([0.0, -1.0, 0.0])) for x in (-1.0, 0.0, 1.0)])
+        cameras = (poses, torch.tensor([[500.0, 0, 324], [0, 500, 210], [0, 0, 1]]).repeat(3, 1, 1), 648, 420)
     return points, rgb, neighbour_distance(points).clamp_min(1e-6), cameras
 
 
@@ -112,11 +120,11 @@ class Ours:
         out, leaves = render(self.leaves, self.views[0]), list(self.leaves.fields().values())
         return lambda: torch.autograd.grad(out.color, leaves, v, retain_graph=True)
 
-    def step(self):
+    def step(self, sparse: bool = False):
         i = self.view()
         picture = record(self.scene, self.views[i])
         _, v_color = l1_ssim_and_gradient(picture.color, self.targets[i])
-        self.adam.step_recorded(self.scene, picture, splat_gradients(picture, v_color))
+        self.adam.step_recorded(self.scene, picture, splat_gradients(picture, v_color), sparse)
 
     def step_by_autograd(self):
         i = self.view()

@@ -211,14 +211,14 @@ def speed(b: Bench, sizes=(1_000_000, 6_000_000)) -> dict:
                      "gsplat selective": Theirs(scene, views, b.device, targets, False, True)}
         v = torch.randn(1, height, width, 3, generator=torch.Generator().manual_seed(9)).to(b.device)
         parts = {"forward": {k: r.forward for k, r in rows.items() if "selective" not in k}, "backward": {k: r.backward_of(v) for k, r in rows.items() if "selective" not in k},
-                 "step": {k: r.step for k, r in rows.items()} | {"ours by autograd": rows["ours"].step_by_autograd}}
+                 "step": {k: r.step for k, r in rows.items()} | {"ours by autograd": rows["ours"].step_by_autograd, "ours selective": lambda ours=rows["ours"]: ours.step(sparse=True)}}
         table = {part: clock(tasks, b.rounds, b.repeats, b.device) for part, tasks in parts.items()}
         del parts["backward"]
         table["step MB"] = {k: {"MB": peak_bytes(task, b.device) / 2**20} for k, task in parts["step"].items()}
         for part, row in table.items():
             best = [x for k, x in row.items() if "ours" not in k]
             unit = "MB" if part == "step MB" else "ms"
-            ratio = row["ours"][unit] / min(x[unit] for x in best) if best else None
+            ratio = min(x[unit] for k, x in row.items() if "ours" in k) / min(x[unit] for x in best) if best else None
             table[part] = row | ({"ratio": ratio} if best else {})
             print(f"{n:,} {part}: " + ", ".join(f"{k} {x[unit]:.3f}" + (f" +-{x['spread']:.0%}" if "spread" in x else "") for k, x in row.items() if k != "ratio")
                   + (f"; ratio {ratio:.3f}" if best else ""), flush=True)

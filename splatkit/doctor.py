@@ -22,6 +22,7 @@ def report() -> list[str]:
         f"torch      {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} processors",
         f"processor  {platform.machine()}{f', runs x86-64-v{level}' if level else ''}; instruction set in use: {native.cpu_isa()}"
         f"{' (SPLATKIT_ISA)' if os.environ.get('SPLATKIT_ISA') else ''}",
+        f"card       {_card()}",
         "compilers  " + "; ".join(f"{name}: {_version(name)}" for name in ("g++", "clang++", "nvcc")),
         "native libraries",
         *(f"  {name:<9}  {_indent(reason or 'ok')}" for name, reason in native.available().items()),
@@ -32,6 +33,13 @@ def report() -> list[str]:
         lines += ["Nothing here renders at a useful speed.",
                   "Put g++ or clang++ on PATH (Debian: apt install g++), then install splatkit again."]
     return lines
+
+
+def _card() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, torch's CUDA {torch.version.cuda}"
 
 
 def can_render() -> bool:

@@ -267,7 +267,20 @@ def _no_card() -> str | None:
         return "this torch was built without CUDA; install a CUDA build of torch"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device: no card, no driver, or a driver too old for this torch"
+    major, minor = torch.cuda.get_device_capability()
+    archs, card = _built_for(), 10 * major + minor
+    if archs and not any(a // 10 == major and a <= card for a in archs) and max(archs) > card:     # code of the same generation, or code to compile for later ones
+        return (f"the library was built for compute capabilities {', '.join(f'{a // 10}.{a % 10}' for a in archs)}, {torch.cuda.get_device_name()} has {major}.{minor}; "
+                f"install again here, or with SPLATKIT_CUDA_ARCHS={card}")
     return None
+
+
+def _built_for() -> list[int]:
+    """Compute capabilities, times ten, that setup.py built the CUDA library for; empty where that is not known."""
+    try:
+        return json.loads((HERE / "_native" / "build.json").read_text()).get("cuda_archs", [])
+    except (OSError, ValueError):
+        return []
 
 
 @functools.cache
@@ -276,9 +289,15 @@ def _open(name: str) -> Library:
     if not path.exists():
         raise BackendUnavailable(f"{name}: {_build_record(name)}; when that is mended, install splatkit again")
     try:
-        return Library(path, torch.float64 if name.endswith("f64") else torch.float32, "cuda" if name == "cuda" else "cpu")
+        library = Library(path, torch.float64 if name.endswith("f64") else torch.float32, "cuda" if name == "cuda" else "cpu")
     except (OSError, AttributeError) as why:    # built for another system, or an entry is missing
         raise BackendUnavailable(f"{name}: {path.name} does not load: {why}; install splatkit again") from why
+    if name == "cuda":
+        try:
+            library.room("PROJECT", 1)      # asks the card for the first time
+        except RuntimeError as why:
+            raise BackendUnavailable(f"cuda: the card cannot be used: {why}; it wants a driver for CUDA {torch.version.cuda} or newer") from why
+    return library
 
 
 def _build_record(name: str) -> str:

@@ -61,15 +61,16 @@ def test_the_core_compiles_for_aarch64(tmp_path, compiler, real):
         run(tool(program), *target, *BARE, "-Werror", f"-DSK_REAL={real}", "-c", source, "-o", tmp_path / "core.o")
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_75"])
-def test_nvcc_compiles_a_kernel_that_touches_every_header(tmp_path, architecture):
-    run(tool("nvcc"), "-std=c++17", f"-arch={architecture}", "-Werror", "all-warnings", "-Icuda/include", "-Icuda/src",
-        "-c", "tests/every_header.cu", "-o", tmp_path / "every_header.o")
-
-
-def test_the_kernel_of_the_nvcc_guard_includes_every_header():
-    included = re.findall(r'#include "(sk/\w+\.h)"', (REPO / "tests/every_header.cu").read_text())
-    assert included == [f"sk/{header.name}" for header in HEADERS]
+def test_the_kernels_include_every_header():
+    """So that test_cuda_build.py, which compiles the kernels, keeps all of the shared arithmetic fit for nvcc."""
+    pages, reached = list((REPO / "cuda/src").glob("cuda*")), set()
+    while pages:
+        for name in re.findall(r'#include "((?:sk/)?\w+\.h)"', pages.pop().read_text()):
+            header = next(f for f in (REPO / "cuda/include" / name, REPO / "cuda/include/sk" / name, REPO / "cuda/src" / name) if f.exists())
+            if header not in reached:
+                reached.add(header)
+                pages.append(header)
+    assert set(HEADERS) <= reached
 
 
 @pytest.mark.parametrize("page", [*HEADERS, *(REPO / page for page in (*CORE, "cuda/src/cpu_core.h", "cuda/src/cpu_tile.h"))],

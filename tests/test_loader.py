@@ -116,3 +116,41 @@ def test_the_pool_follows_torch_threads(cpu_library, monkeypatch):
     relocate_nothing()
     relocate_nothing()
     assert asked == [torch.get_num_threads()]
+
+
+# ---- the CUDA library, without a card
+
+
+@pytest.fixture
+def a_card(monkeypatch):
+    """torch as if there were a card of compute capability 8.6."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, value in (("is_available", True), ("get_device_capability", (8, 6)), ("get_device_name", "Some Card")):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+
+
+def test_without_cuda_in_torch_or_a_card_the_reason_says_which(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "install a CUDA build of torch" in native._no_card()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no card, no driver, or a driver too old" in native._no_card()
+
+
+@pytest.mark.parametrize("archs, fits", [([75, 90], False), ([90, 100], False), ([80], True), ([86, 90], True), ([75], True), ([], True)])
+def test_a_library_for_other_cards_says_how_to_build_for_this_one(a_card, monkeypatch, archs, fits):
+    """Code runs on later cards of its generation; code for the newest named is there to be compiled for later generations."""
+    monkeypatch.setattr(native, "_built_for", lambda: archs)
+    assert (native._no_card() is None) == fits
+    if not fits:
+        assert "Some Card has 8.6; install again here, or with SPLATKIT_CUDA_ARCHS=86" in native._no_card()
+
+
+def test_a_cuda_scene_never_falls_back_and_double_on_a_card_is_refused():
+    with pytest.raises(TypeError, match="works in float32, not in torch.float64"):
+        native.cuda_library(torch.float64)
+    if not torch.cuda.is_available():
+        from backends import camera, gaussians
+        from splatkit import raster
+        with pytest.raises(BackendUnavailable, match="^cuda: .*available here: "):
+            raster.render(gaussians([0, 0, 1], dtype=torch.float32), camera(dtype=torch.float32), backend="cuda")

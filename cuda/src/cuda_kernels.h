@@ -4,7 +4,7 @@
 
 namespace sk {
 
-// ---- cuda_project.cu
+// ---- cuda_project.cu, cuda_project_vjp.cu
 struct ProjectArgs {
   int64_t n;
   int32_t width, height, sh_degree, sh_bands;
@@ -51,7 +51,7 @@ struct BinArgs {
 };
 void bin(const BinArgs& a, Scratch& scratch, cudaStream_t stream);   // with a scratch without memory: only adds up what it takes
 
-// ---- cuda_blend.cu, cuda_blend_vjp.cu
+// ---- cuda_blend.cu, cuda_blend_vjp.cu, cuda_ordered.cu
 struct BlendArgs {
   int64_t n;
   int32_t cameras, width, height, tiles_x, tiles_y, channels;
@@ -94,7 +94,7 @@ void blend_features_vjp(const BlendVjpArgs& a, cudaStream_t stream);
 // sums [n,channels] += weights of the first camera times map, row_weights [n] += the weights' sums.
 void uplift(const BlendArgs& a, const float* map, float* sums, float* row_weights, cudaStream_t stream);
 
-// ---- cuda_train.cu
+// ---- cuda_loss.cu, cuda_train.cu
 int64_t l1_ssim_words(int32_t width, int32_t height);
 void l1_ssim(int32_t width, int32_t height, const float* image, const float* target, const float* mask, double ssim_weight, double* terms, float* v_image, Scratch& scratch, cudaStream_t stream);
 struct AdamArgs {

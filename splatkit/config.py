@@ -155,6 +155,10 @@ class Reconstruct:
     """Weight of 1 - SSIM in the loss; L1 has the rest."""
     background: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Colour behind the scene, 0 to 1."""
+    random_background: bool = False
+    """Draw over a new colour each step, so that the scene does not hide holes behind the background; evaluation keeps `background`."""
+    init: Path | None = None
+    """Start from this scene file instead of the sparse points; it must be in the world of the photos' poses."""
     seed: int = 0
     """The same seed on the same CPU gives the same scene, bit by bit."""
     coarse_fraction: float = 0.0

@@ -25,3 +25,7 @@ class BackendUnavailable(SplatkitError):
 
 class BadConfig(SplatkitError):
     """A configuration file or value that cannot be used: which key, what came, what is known."""
+
+
+class Diverged(SplatkitError):
+    """A run whose gradients stay not finite: at which step, of what, and where its last checkpoint is."""

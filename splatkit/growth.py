@@ -15,7 +15,11 @@ class Fixed:
     """No growth; the base of the others. `extent` is the radius of the cameras in world units."""
 
     stats: RasterStats | None = None        # what render() fills for `after_step`
-    opacity, scale_factor = 0.1, 1.0        # of the first Gaussians (density.from_points)
+
+    @staticmethod
+    def first(config: Reconstruct) -> tuple[float, float]:
+        """Opacity and scale factor of the first Gaussians (density.from_points)."""
+        return 0.1, 1.0
 
     def __init__(self, config: Reconstruct, extent: float, n: int, device: torch.device | str = "cpu"):
         self.config, self.extent, self.device = config, extent, device
@@ -56,9 +60,9 @@ class Fixed:
 class MCMC(Fixed):
     """3DGS-MCMC (Kheradmand et al. 2024)."""
 
-    def __init__(self, config: Reconstruct, extent: float, n: int, device: torch.device | str = "cpu"):
-        super().__init__(config, extent, n, device)
-        self.opacity, self.scale_factor = config.mcmc.init_opacity, config.mcmc.init_scale
+    @staticmethod
+    def first(config: Reconstruct) -> tuple[float, float]:
+        return config.mcmc.init_opacity, config.mcmc.init_scale
 
     def pulls(self, scene: Scene) -> dict[str, float]:
         """Of opacity_reg * mean(opacities) + scale_reg * mean(standard deviations) (eq. 8)."""
@@ -78,9 +82,12 @@ class MCMC(Fixed):
 class ADC(Fixed):
     """Adaptive density control (Kerbl et al. 2023)."""
 
+    @staticmethod
+    def first(config: Reconstruct) -> tuple[float, float]:
+        return config.adc.init_opacity, config.adc.init_scale
+
     def __init__(self, config: Reconstruct, extent: float, n: int, device: torch.device | str = "cpu"):
         super().__init__(config, extent, n, device)
-        self.opacity, self.scale_factor = config.adc.init_opacity, config.adc.init_scale
         self.stats = RasterStats.zeros(n, device)
 
     def after_step(self, scene: Scene, step: int) -> tuple[Scene, Edit | None]:

@@ -21,7 +21,7 @@ from .camera import Cameras
 from .capture import Capture, Photo, SceneHeader
 from .config import Reconstruct
 from .density import from_points
-from .errors import BackendUnavailable, BadConfig, BadFile
+from .errors import BackendUnavailable, BadConfig, BadFile, Diverged
 from .film import color_picture
 from .growth import KINDS, Fixed
 from .io import checkpoint
@@ -33,6 +33,7 @@ from .raster import RasterSettings, backends, record, render, splat_gradients
 from .scene import Scene
 
 PHOTO_CACHE_BYTES = 2 << 30
+SKIPS_MAX = 10      # steps without a finite gradient in a row, at which a run stops
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **
     train, held = views.capture.split(config.hold_every)
     if not train:
         raise BadFile(config.data, "", f"{len(held)} photos and all are held out; add photos or set --hold-every 0")
-    if len(views.capture.points) == 0:
-        raise BadFile(config.data, "points3D", "no sparse points to start from")
+    if len(views.capture.points) == 0 and config.init is None:
+        raise BadFile(config.data, "points3D", "no sparse points to start from; --init takes a scene file instead")
     run = config.output
     run.mkdir(parents=True, exist_ok=True)
     with checkpoint.lock(run):
@@ -133,30 +134,40 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
     image = functools.lru_cache(max(1, PHOTO_CACHE_BYTES // bytes_per_photo))(views.image)
     settings, extent, background = _settings(config), _extent(cameras), torch.tensor(config.background, device=views.device)
     up, source = _up(cameras), config.data.resolve().name
-    growth = KINDS[config.densification](config, extent, min(len(views.capture.points), config.max_gaussians), views.device)
-    made_with = {"config": configs.to_yaml(dataclasses.replace(config, data=Path(), output=Path(), resume=False)), "photos": [views.capture.photos[i].name for i in train]}
+    start_from = _first_scene(views.capture, config) if config.init is None else _scene_to_go_on(config)
+    growth = KINDS[config.densification](config, extent, len(start_from), views.device)
+    made_with = {"config": configs.to_yaml(dataclasses.replace(config, data=Path(), output=Path(), init=None, resume=False)), "photos": [views.capture.photos[i].name for i in train]}
     saved = checkpoint.load(run / "checkpoint") if config.resume and (run / "checkpoint").is_dir() else None
     if saved:
         _check_same_run(saved, made_with)
         fit = Fit.resumed(saved, growth, config, extent)
     else:
         shutil.rmtree(run / "checkpoint", ignore_errors=True)
-        fit = Fit.first(_first_scene(views.capture, config, growth).to(views.device), growth, config, extent)
+        fit = Fit.first(start_from.to(views.device), growth, config, extent)
     configs.save(config, run / "config.yaml")
     _keep_lines(run / "metrics.jsonl", fit.step)
 
     def save() -> None:
         io.save(run / "scene.ply", fit.scene.detach().to("cpu"), SceneHeader(settings.changed(), up, False, source, fit.step))
 
+    skipped = 0
     try:
         with (run / "metrics.jsonl").open("a") as log:
             for step in range(fit.step + 1, config.steps + 1):
                 fit.queue = fit.queue or [train[i] for i in torch.randperm(len(train), generator=fit.order).tolist()]
                 i = fit.queue.pop()
                 camera, photo = _at_step(cameras[i], image(i), step / config.steps, config)
+                if config.random_background:
+                    background = torch.rand(3, generator=fit.order).to(views.device)
                 rate = exponential_decay(step, config.steps, config.lr.means, config.lr.means_final) * extent
                 go = _recorded_step if _records(fit.scene, config) else _autograd_step
-                loss, color = go(fit, camera, photo, background, min(fit.scene.sh_degree, (step - 1) // config.sh_every), settings, rate, config)
+                loss, color, bad = go(fit, camera, photo, background, min(fit.scene.sh_degree, (step - 1) // config.sh_every), settings, rate, config)
+                skipped = skipped + 1 if bad else 0
+                if bad:
+                    log.write(json.dumps({"step": step, "skipped": True, "not_finite": bad, "photo": views.capture.photos[i].name}) + "\n")
+                if skipped == SKIPS_MAX:
+                    raise Diverged(f"{run}: the gradients of {', '.join(bad)} were not finite in {SKIPS_MAX} steps in a row, up to step {step}; the last checkpoint "
+                                   "and scene.ply are as they were before: lower the learning rates (--lr.*) and go on with --resume, or start anew")
                 scene = fit.scene.detach()
                 fit.scene, edit = growth.after_step(scene, step)
                 if edit is not None:
@@ -183,27 +194,34 @@ def _records(scene: Scene, config: Reconstruct) -> bool:
     return scene.means.is_cuda and config.backend in ("auto", "cuda")
 
 
-def _recorded_step(fit: Fit, camera: Cameras, photo: Tensor, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float, config: Reconstruct) -> tuple[Tensor, Tensor]:
-    """One step of the optimiser; the loss and the picture before it."""
+def _recorded_step(fit: Fit, camera: Cameras, photo: Tensor, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float, config: Reconstruct) -> tuple[Tensor, Tensor, list[str]]:
+    """One step of the optimiser; the loss and the picture before it, and the fields whose gradient was not finite: then no step was taken.
+
+    Here that is judged by the loss alone, and only where it is looked at anyway, every hundred steps: a look waits for the card.
+    """
     scene = fit.scene.detach()
     picture = record(scene, camera, background, sh_degree, settings)
     loss, v_color = l1_ssim_and_gradient(picture.color, photo, config.ssim_weight)
     fit.adam.step_recorded(scene, picture, splat_gradients(picture, v_color, fit.growth.stats), config.adamw.sparse, {"means": rate},
                            fit.growth.displacement(scene, rate), fit.growth.pulls(scene))
-    return loss, picture.color
+    return loss, picture.color, ["the loss"] if fit.step % 100 == 99 and not bool(torch.isfinite(loss)) else []
 
 
-def _autograd_step(fit: Fit, camera: Cameras, photo: Tensor, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float, config: Reconstruct) -> tuple[Tensor, Tensor]:
-    """The same by any backend."""
+def _autograd_step(fit: Fit, camera: Cameras, photo: Tensor, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float, config: Reconstruct) -> tuple[Tensor, Tensor, list[str]]:
+    """The same by any backend, judged by the gradients."""
     scene = fit.scene.requires_grad_()
     out = render(scene, camera, background=background, sh_degree=sh_degree, settings=settings, stats=fit.growth.stats, backend=config.backend)
     loss = l1_ssim(out.color[0], photo, config.ssim_weight)
     grads = dict(zip(scene.fields(), torch.autograd.grad(loss, list(scene.fields().values()))))
     scene = scene.detach()
+    if bad := [name for name, g in grads.items() if not bool(torch.isfinite(g.sum()))]:
+        for x in vars(fit.growth.stats).values() if fit.growth.stats else ():
+            x.nan_to_num_(0, 0, 0)
+        return loss.detach(), out.color[0].detach(), bad
     fit.growth.regularise(grads, scene)
     fit.adam.step(scene, grads, out.visible[0] if config.adamw.sparse else None, camera.width * camera.height, learning_rates={"means": rate},
                   displacement=fit.growth.displacement(scene, rate))
-    return loss.detach(), out.color[0].detach()
+    return loss.detach(), out.color[0].detach(), []
 
 
 def _check_same_run(saved: checkpoint.Checkpoint, made_with: dict) -> None:
@@ -283,12 +301,27 @@ def _settings(config: Reconstruct) -> RasterSettings:
     return RasterSettings(antialias=config.antialias)
 
 
-def _first_scene(capture: Capture, config: Reconstruct, growth: Fixed) -> Scene:
-    points, rgb = torch.from_numpy(capture.points).float(), torch.from_numpy(capture.points_rgb)
+def _first_scene(capture: Capture, config: Reconstruct) -> Scene:
+    points, rgb, kind = torch.from_numpy(capture.points).float(), torch.from_numpy(capture.points_rgb), KINDS[config.densification]
     if len(points) > config.max_gaussians:
         keep = torch.randperm(len(points), generator=torch.Generator().manual_seed(config.seed))[: config.max_gaussians].sort().values
         points, rgb = points[keep], rgb[keep]
-    return from_points(points, rgb, config.sh_degree, growth.opacity, growth.scale_factor)
+    return from_points(points, rgb, config.sh_degree, *kind.first(config))
+
+
+def _scene_to_go_on(config: Reconstruct) -> Scene:
+    """The scene of `config.init` at the run's SH degree: bands that it lacks are zero, those beyond are left out; so are the faintest beyond max_gaussians."""
+    scene, _ = io.load(config.init)
+    if len(scene) == 0:
+        raise BadFile(config.init, "", "holds no Gaussian; leave out --init to start from the sparse points")
+    scene = scene.replace(features=None)
+    if len(scene) > config.max_gaussians:
+        scene = scene.rows(scene.logit_opacities.topk(config.max_gaussians).indices.sort().values)
+    bands = (config.sh_degree + 1) ** 2
+    sh = scene.sh.new_zeros(len(scene), bands, 3)
+    shared = min(bands, scene.sh.shape[1])
+    sh[:, :shared] = scene.sh[:, :shared]
+    return scene.replace(sh=sh)
 
 
 def _optimiser(scene: Scene, config: Reconstruct, extent: float) -> Adam:

@@ -26,7 +26,7 @@ from .film import color_picture
 from .growth import KINDS, Fixed
 from .io import checkpoint
 from .io.atomic import replacing
-from .io.photos import load_capture, load_image
+from .io.photos import load_capture, load_image, load_mask
 from .metrics import l1_ssim, l1_ssim_and_gradient, psnr, ssim
 from .optim import Adam, AttributeDecay, StateDecay, exponential_decay, sh_learning_rates
 from .raster import RasterSettings, backends, record, render, splat_gradients
@@ -71,6 +71,12 @@ class Views:
     def image(self, i: int) -> Tensor:
         photo = self.capture.photos[i]
         return torch.from_numpy(load_image(photo, *self.size(photo))).to(self.device)
+
+    def mask(self, i: int) -> Tensor | None:
+        """Which of its pixels count; None: all."""
+        photo = self.capture.photos[i]
+        kept = load_mask(photo, *self.size(photo))
+        return None if kept is None else torch.from_numpy(kept).to(self.device)
 
 
 @dataclass
@@ -131,7 +137,7 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
     run, start = config.output, time.monotonic()
     cameras = {i: views.camera(i) for i in train}
     bytes_per_photo = 12 * max(c.width * c.height for c in cameras.values())
-    image = functools.lru_cache(max(1, PHOTO_CACHE_BYTES // bytes_per_photo))(views.image)
+    image = functools.lru_cache(max(1, PHOTO_CACHE_BYTES // bytes_per_photo))(lambda i: (views.image(i), views.mask(i)))
     settings, extent, background = _settings(config), _extent(cameras), torch.tensor(config.background, device=views.device)
     up, source = _up(cameras), config.data.resolve().name
     start_from = _first_scene(views.capture, config) if config.init is None else _scene_to_go_on(config)
@@ -156,12 +162,12 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
             for step in range(fit.step + 1, config.steps + 1):
                 fit.queue = fit.queue or [train[i] for i in torch.randperm(len(train), generator=fit.order).tolist()]
                 i = fit.queue.pop()
-                camera, photo = _at_step(cameras[i], image(i), step / config.steps, config)
+                camera, photo, mask = _at_step(cameras[i], *image(i), step / config.steps, config)
                 if config.random_background:
                     background = torch.rand(3, generator=fit.order).to(views.device)
                 rate = exponential_decay(step, config.steps, config.lr.means, config.lr.means_final) * extent
                 go = _recorded_step if _records(fit.scene, config) else _autograd_step
-                loss, color, bad = go(fit, camera, photo, background, min(fit.scene.sh_degree, (step - 1) // config.sh_every), settings, rate, config)
+                loss, color, bad = go(fit, camera, photo, mask, background, min(fit.scene.sh_degree, (step - 1) // config.sh_every), settings, rate, config)
                 skipped = skipped + 1 if bad else 0
                 if bad:
                     log.write(json.dumps({"step": step, "skipped": True, "not_finite": bad, "photo": views.capture.photos[i].name}) + "\n")
@@ -174,7 +180,7 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
                     fit.adam.follow(edit)
                 fit.step = step
                 if step % 100 == 0 or step == config.steps:
-                    mse = float((color - photo).square().mean())
+                    mse = float((color - photo)[slice(None) if mask is None else mask].square().mean())
                     record = {"step": step, "loss": float(loss), "psnr_train": -10 * math.log10(max(mse, 1e-12)), "gaussians": len(fit.scene),
                               "seconds": round(time.monotonic() - start, 3)}
                     log.write(json.dumps(record) + "\n")
@@ -194,24 +200,24 @@ def _records(scene: Scene, config: Reconstruct) -> bool:
     return scene.means.is_cuda and config.backend in ("auto", "cuda")
 
 
-def _recorded_step(fit: Fit, camera: Cameras, photo: Tensor, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float, config: Reconstruct) -> tuple[Tensor, Tensor, list[str]]:
+def _recorded_step(fit: Fit, camera: Cameras, photo: Tensor, mask: Tensor | None, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float, config: Reconstruct) -> tuple[Tensor, Tensor, list[str]]:
     """One step of the optimiser; the loss and the picture before it, and the fields whose gradient was not finite: then no step was taken.
 
     Here that is judged by the loss alone, and only where it is looked at anyway, every hundred steps: a look waits for the card.
     """
     scene = fit.scene.detach()
     picture = record(scene, camera, background, sh_degree, settings)
-    loss, v_color = l1_ssim_and_gradient(picture.color, photo, config.ssim_weight)
+    loss, v_color = l1_ssim_and_gradient(picture.color, photo, config.ssim_weight, mask)
     fit.adam.step_recorded(scene, picture, splat_gradients(picture, v_color, fit.growth.stats), config.adamw.sparse, {"means": rate},
                            fit.growth.displacement(scene, rate), fit.growth.pulls(scene))
     return loss, picture.color, ["the loss"] if fit.step % 100 == 99 and not bool(torch.isfinite(loss)) else []
 
 
-def _autograd_step(fit: Fit, camera: Cameras, photo: Tensor, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float, config: Reconstruct) -> tuple[Tensor, Tensor, list[str]]:
+def _autograd_step(fit: Fit, camera: Cameras, photo: Tensor, mask: Tensor | None, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float, config: Reconstruct) -> tuple[Tensor, Tensor, list[str]]:
     """The same by any backend, judged by the gradients."""
     scene = fit.scene.requires_grad_()
     out = render(scene, camera, background=background, sh_degree=sh_degree, settings=settings, stats=fit.growth.stats, backend=config.backend)
-    loss = l1_ssim(out.color[0], photo, config.ssim_weight)
+    loss = l1_ssim(out.color[0], photo, config.ssim_weight, mask)
     grads = dict(zip(scene.fields(), torch.autograd.grad(loss, list(scene.fields().values()))))
     scene = scene.detach()
     if bad := [name for name, g in grads.items() if not bool(torch.isfinite(g.sum()))]:
@@ -266,7 +272,8 @@ def _evaluate(views: Views, held: list[int], scene: Scene, config: Reconstruct, 
     for i in held:
         photo = views.image(i)
         picture = render(scene, views.camera(i), background=torch.tensor(config.background, device=views.device), settings=_settings(config), backend=config.backend).color[0].clamp(0, 1)
-        table[views.capture.photos[i].name] = {"psnr": float(psnr(picture, photo)), "ssim": float(ssim(picture, photo))}
+        kept = 1 if (mask := views.mask(i)) is None else mask[..., None]      # SSIM's windows see zeros outside, as they do beyond the border
+        table[views.capture.photos[i].name] = {"psnr": float(psnr(picture, photo, mask)), "ssim": float(ssim(picture * kept, photo * kept))}
         pairs.append(torch.cat([photo, picture], dim=1).cpu())
     mean = {key: sum(row[key] for row in table.values()) / len(table) for key in ("psnr", "ssim")}
     folder.mkdir(parents=True, exist_ok=True)
@@ -333,12 +340,12 @@ def _optimiser(scene: Scene, config: Reconstruct, extent: float) -> Adam:
     return Adam(scene, rates, attribute_decay=decay if adamw.attribute_decay else None, state_decay=shrink if adamw.state_decay else None, seed=config.seed + 2)
 
 
-def _at_step(camera: Cameras, photo: Tensor, progress: float, config: Reconstruct) -> tuple[Cameras, Tensor]:
-    """Camera and photo at the resolution of this part of the run: half size for the first `coarse_fraction` of the steps."""
+def _at_step(camera: Cameras, photo: Tensor, mask: Tensor | None, progress: float, config: Reconstruct) -> tuple[Cameras, Tensor, Tensor | None]:
+    """Camera, photo and mask at the resolution of this part of the run: half size for the first `coarse_fraction` of the steps."""
     if progress > config.coarse_fraction or min(camera.width, camera.height) < 64:
-        return camera, photo
-    small = torch.nn.functional.interpolate(photo.permute(2, 0, 1)[None], (camera.height // 2, camera.width // 2), mode="area")
-    return camera.resized(camera.width // 2, camera.height // 2), small[0].permute(1, 2, 0).contiguous()
+        return camera, photo, mask
+    half = lambda x: torch.nn.functional.interpolate(x.permute(2, 0, 1)[None], (camera.height // 2, camera.width // 2), mode="area")[0].permute(1, 2, 0).contiguous()
+    return camera.resized(camera.width // 2, camera.height // 2), half(photo), None if mask is None else half(mask.float()[..., None])[..., 0] > 1 - 1e-4
 
 
 def _extent(cameras: dict[int, Cameras]) -> float:

@@ -1,13 +1,17 @@
 """Options of `reconstruct` on the synthetic capture, and what it does about gradients that are not finite."""
 import dataclasses
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from splatkit import io
 from splatkit.errors import BadFile, Diverged
 from splatkit.io import checkpoint
+from splatkit.io.photos import load_capture, load_mask
 from splatkit.reconstruct import reconstruct
 from test_growth import QUICK_ADC, run
 from test_reconstruct import photos, same, settings      # noqa: F401 (a fixture)
@@ -79,3 +83,50 @@ def test_the_tenth_in_a_row_stops_the_run_with_its_last_checkpoint(photos, tmp_p
     monkeypatch.undo()
     reconstruct(dataclasses.replace(config, resume=True))
     assert io.load(tmp_path / "scene.ply")[1].step == 60 and torch.isfinite(io.load(tmp_path / "scene.ply")[0].means).all()
+
+
+# ---- masks
+
+
+@pytest.fixture(scope="module")
+def smeared(photos, tmp_path_factory):
+    """The photos with a magenta square somewhere in each, and COLMAP's masks that leave it out."""
+    folder = tmp_path_factory.mktemp("smeared")
+    shutil.copytree(photos, folder, dirs_exist_ok=True)
+    (folder / "masks").mkdir()
+    for i, path in enumerate(sorted((folder / "images").iterdir())):
+        pixels = np.array(Image.open(path))
+        x, y = 5 * i % 50, 7 * i % 34
+        kept = np.full(pixels.shape[:2], 255, np.uint8)
+        pixels[y:y + 18, x:x + 20], kept[y:y + 18, x:x + 20] = (255, 0, 255), 0
+        Image.fromarray(pixels).save(path)
+        Image.fromarray(kept).save(folder / "masks" / f"{path.name}.png")
+    return folder
+
+
+def test_masked_pixels_neither_teach_nor_count(smeared, photos, tmp_path, cpu_library):
+    clean, _ = run(photos, tmp_path / "clean", 250)
+    masked, scene = run(smeared, tmp_path / "masked", 250)
+    assert masked.psnr > clean.psnr - 1
+    shutil.copytree(smeared, tmp_path / "unmasked")
+    shutil.rmtree(tmp_path / "unmasked" / "masks")
+    taught, other = run(tmp_path / "unmasked", tmp_path / "taught", 250)
+    magenta = lambda s: ((s.sh[:, 0, [0, 2]].amin(1) - s.sh[:, 0, 1]) > 1).sum()       # red and blue far above green
+    assert masked.psnr > taught.psnr + 3 and magenta(scene) < magenta(other) / 4
+
+
+def test_a_pixel_counts_where_all_of_its_area_does(smeared):
+    photo = load_capture(smeared).photos[1]
+    whole, half, odd = load_mask(photo), load_mask(photo, 36, 27), load_mask(photo, 29, 22)
+    assert whole.shape == (54, 72) and not whole[7:25, 5:25].any() and whole.sum() == 54 * 72 - 18 * 20
+    assert (half == whole.reshape(27, 2, 36, 2).all((1, 3))).all()
+    assert odd.shape == (22, 29) and not odd[4:9, 3:9].any() and odd[12:].all()
+
+
+@pytest.mark.parametrize("harm, said", [(lambda p: Image.new("L", (30, 20)).save(p), "30x20 of kind 'L'; expected 8 bits and the size of its photo, 72x54"),
+                                        (lambda p: p.write_bytes(p.read_bytes()[:40]), "002.png.png")])
+def test_a_mask_of_another_size_or_cut_is_named(smeared, tmp_path, cpu_library, harm, said):
+    shutil.copytree(smeared, tmp_path / "data")
+    harm(tmp_path / "data" / "masks" / "002.png.png")
+    with pytest.raises(BadFile, match=said):
+        reconstruct(settings(tmp_path / "data", tmp_path / "run"))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Num
 from numpy import ndarray as Array
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
@@ -116,6 +116,19 @@ def load_image(photo: Photo, width: int | None = None, height: int | None = None
     return out
 
 
+def load_mask(photo: Photo, width: int | None = None, height: int | None = None) -> Bool[Array, "H W"] | None:
+    """Which pixels of load_image() count, None for all: those whose whole area lies where the mask is not 0. BadFile as load_image."""
+    if photo.mask is None:
+        return None
+    with _photo_file(photo.mask) as image:
+        stored, _ = _stored(image)
+        if stored != (photo.width, photo.height) or image.mode not in _MODES:
+            raise BadFile(photo.mask, "", f"{stored[0]}x{stored[1]} of kind {image.mode!r}; expected 8 bits and the size of its photo, {photo.width}x{photo.height}")
+        image.load()
+        kept = (np.asarray(image.convert("L")) != 0)[:, :, None]
+    return area_average(kept.astype(np.float32), width or photo.width, height or photo.height)[:, :, 0] > 1 - 1e-4
+
+
 def area_average(pixels: Num[Array, "h w C"], width: int, height: int) -> Float[Array, "H W C"]:
     """float32 [height, width, C]: every output pixel is the mean of the input over the rectangle that it covers, partly covered pixels
     counting by the covered part (Pillow's BOX filter counts them whole or not at all)."""
@@ -166,7 +179,12 @@ def _photo(image: colmap.ColmapImage, camera: colmap.ColmapCamera, cameras_path:
         raise BadFile(cameras_path, where, f"{params}: the focal lengths must be above 0 and all below 1e9 pixels")
     K = np.array([[fx, 0, params["cx"]], [0, fy, params["cy"]], [0, 0, 1.0]])
     photo = fitted(Photo(image.name, _inside(root, image.name), K, camera.width, camera.height, _world_to_cam(image)), where, notes)
-    return photo if camera.is_pinhole else undistorted(photo, camera.model, camera.distortion, cameras_path, where, notes)
+    mask = _inside(root.parent / "masks", image.name + ".png")      # where COLMAP looks for it
+    if camera.is_pinhole:
+        return dataclasses.replace(photo, mask=mask) if mask.is_file() else photo
+    if mask.is_file():
+        raise BadFile(mask, "", "a mask of a photo with lens distortion cannot be used: undistort both first")
+    return undistorted(photo, camera.model, camera.distortion, cameras_path, where, notes)
 
 
 def undistorted(photo: Photo, model: str, params: dict[str, float], path: Path, where: str, notes: Counter[str]) -> Photo:

@@ -157,6 +157,10 @@ class Reconstruct:
     """Colour behind the scene, 0 to 1."""
     random_background: bool = False
     """Draw over a new colour each step, so that the scene does not hide holes behind the background; evaluation keeps `background`."""
+    exposure: bool = False
+    """Fit a gain and an offset per photo, of mean identity, so that the scene need not explain that photos differ in exposure."""
+    exposure_lr: float = 1e-3
+    """Step size of the gains' logarithms and of the offsets."""
     init: Path | None = None
     """Start from this scene file instead of the sparse points; it must be in the world of the photos' poses."""
     seed: int = 0
@@ -186,6 +190,7 @@ class Reconstruct:
         _require(self, "0 or at least 16", max_side=self.max_side == 0 or self.max_side >= 16)
         _require(self, "0 or at least 2", hold_every=self.hold_every >= 0 and self.hold_every != 1)
         _require(self, "0 to 1", ssim_weight=0 <= self.ssim_weight <= 1, coarse_fraction=0 <= self.coarse_fraction <= 1, background=all(0 <= c <= 1 for c in self.background))
+        _require(self, "above 0", exposure_lr=self.exposure_lr > 0)
         _require(self, "0 to 2^63 - 1", seed=0 <= self.seed < 2 ** 63)
 
 

@@ -23,13 +23,14 @@ from .config import Reconstruct
 from .density import from_points
 from .errors import BackendUnavailable, BadConfig, BadFile, Diverged
 from .film import color_picture
-from .growth import KINDS, Fixed
+from .fit import Fit
+from .growth import KINDS
 from .io import checkpoint
 from .io.atomic import replacing
 from .io.photos import load_capture, load_image, load_mask
-from .metrics import l1_ssim, l1_ssim_and_gradient, psnr, ssim
-from .optim import Adam, AttributeDecay, StateDecay, exponential_decay, sh_learning_rates
-from .raster import RasterSettings, backends, record, render, splat_gradients
+from .metrics import psnr, ssim
+from .optim import exponential_decay
+from .raster import RasterSettings, backends, render
 from .scene import Scene
 
 PHOTO_CACHE_BYTES = 2 << 30
@@ -79,38 +80,6 @@ class Views:
         return None if kept is None else torch.from_numpy(kept).to(self.device)
 
 
-@dataclass
-class Fit:
-    """Everything that the steps of a run change."""
-
-    scene: Scene
-    adam: Adam
-    growth: Fixed
-    order: torch.Generator      # shuffles the photos
-    queue: list[int]            # those still to come in this round
-    step: int = 0
-
-    def save(self, folder: Path, values: dict) -> None:
-        parts = {"scene": self.scene.detach().fields(), "adam": self.adam.state_dict(), "growth": self.growth.state_dict(),
-                 "order": {"generator": self.order.get_state(), "queue": torch.tensor(self.queue, dtype=torch.int64)}}
-        folder.mkdir(exist_ok=True)
-        checkpoint.save(folder, self.step, {f"{part}.{name}": x.cpu() for part, state in parts.items() for name, x in state.items()}, values)
-
-    @staticmethod
-    def first(scene: Scene, growth: Fixed, config: Reconstruct, extent: float) -> Fit:
-        return Fit(scene, _optimiser(scene, config, extent), growth, torch.Generator().manual_seed(config.seed), [])
-
-    @staticmethod
-    def resumed(saved: checkpoint.Checkpoint, growth: Fixed, config: Reconstruct, extent: float) -> Fit:
-        part = lambda name: {k.removeprefix(name): x for k, x in saved.tensors.items() if k.startswith(name)}
-        fit = Fit.first(Scene(**part("scene.")).to(growth.device), growth, config, extent)
-        fit.adam.load_state_dict(part("adam."))
-        fit.growth.load_state_dict(part("growth."))
-        fit.order.set_state(saved.tensors["order.generator"])
-        fit.queue, fit.step = saved.tensors["order.queue"].tolist(), saved.step
-        return fit
-
-
 def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **k: None) -> Evaluation | None:
     """Fits a scene to the photos of `config.data` and writes the run folder: config.yaml, metrics.jsonl, checkpoint/, scene.ply, eval/.
 
@@ -146,10 +115,10 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
     saved = checkpoint.load(run / "checkpoint") if config.resume and (run / "checkpoint").is_dir() else None
     if saved:
         _check_same_run(saved, made_with)
-        fit = Fit.resumed(saved, growth, config, extent)
+        fit = Fit.resumed(saved, growth, config, extent, len(train))
     else:
         shutil.rmtree(run / "checkpoint", ignore_errors=True)
-        fit = Fit.first(start_from.to(views.device), growth, config, extent)
+        fit = Fit.first(start_from.to(views.device), growth, config, extent, len(train))
     configs.save(config, run / "config.yaml")
     _keep_lines(run / "metrics.jsonl", fit.step)
 
@@ -166,8 +135,7 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
                 if config.random_background:
                     background = torch.rand(3, generator=fit.order).to(views.device)
                 rate = exponential_decay(step, config.steps, config.lr.means, config.lr.means_final) * extent
-                go = _recorded_step if _records(fit.scene, config) else _autograd_step
-                loss, color, bad = go(fit, camera, photo, mask, background, min(fit.scene.sh_degree, (step - 1) // config.sh_every), settings, rate, config)
+                loss, color, bad = fit.step_on(camera, photo, mask, train.index(i), background, min(fit.scene.sh_degree, (step - 1) // config.sh_every), settings, rate)
                 skipped = skipped + 1 if bad else 0
                 if bad:
                     log.write(json.dumps({"step": step, "skipped": True, "not_finite": bad, "photo": views.capture.photos[i].name}) + "\n")
@@ -193,41 +161,6 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
         save()
         raise
     return fit.scene
-
-
-def _records(scene: Scene, config: Reconstruct) -> bool:
-    """Whether steps go back through the recorded picture, which stores no gradient of the scene: by the CUDA library."""
-    return scene.means.is_cuda and config.backend in ("auto", "cuda")
-
-
-def _recorded_step(fit: Fit, camera: Cameras, photo: Tensor, mask: Tensor | None, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float, config: Reconstruct) -> tuple[Tensor, Tensor, list[str]]:
-    """One step of the optimiser; the loss and the picture before it, and the fields whose gradient was not finite: then no step was taken.
-
-    Here that is judged by the loss alone, and only where it is looked at anyway, every hundred steps: a look waits for the card.
-    """
-    scene = fit.scene.detach()
-    picture = record(scene, camera, background, sh_degree, settings)
-    loss, v_color = l1_ssim_and_gradient(picture.color, photo, config.ssim_weight, mask)
-    fit.adam.step_recorded(scene, picture, splat_gradients(picture, v_color, fit.growth.stats), config.adamw.sparse, {"means": rate},
-                           fit.growth.displacement(scene, rate), fit.growth.pulls(scene))
-    return loss, picture.color, ["the loss"] if fit.step % 100 == 99 and not bool(torch.isfinite(loss)) else []
-
-
-def _autograd_step(fit: Fit, camera: Cameras, photo: Tensor, mask: Tensor | None, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float, config: Reconstruct) -> tuple[Tensor, Tensor, list[str]]:
-    """The same by any backend, judged by the gradients."""
-    scene = fit.scene.requires_grad_()
-    out = render(scene, camera, background=background, sh_degree=sh_degree, settings=settings, stats=fit.growth.stats, backend=config.backend)
-    loss = l1_ssim(out.color[0], photo, config.ssim_weight, mask)
-    grads = dict(zip(scene.fields(), torch.autograd.grad(loss, list(scene.fields().values()))))
-    scene = scene.detach()
-    if bad := [name for name, g in grads.items() if not bool(torch.isfinite(g.sum()))]:
-        for x in vars(fit.growth.stats).values() if fit.growth.stats else ():
-            x.nan_to_num_(0, 0, 0)
-        return loss.detach(), out.color[0].detach(), bad
-    fit.growth.regularise(grads, scene)
-    fit.adam.step(scene, grads, out.visible[0] if config.adamw.sparse else None, camera.width * camera.height, learning_rates={"means": rate},
-                  displacement=fit.growth.displacement(scene, rate))
-    return loss.detach(), out.color[0].detach(), []
 
 
 def _check_same_run(saved: checkpoint.Checkpoint, made_with: dict) -> None:
@@ -329,15 +262,6 @@ def _scene_to_go_on(config: Reconstruct) -> Scene:
     shared = min(bands, scene.sh.shape[1])
     sh[:, :shared] = scene.sh[:, :shared]
     return scene.replace(sh=sh)
-
-
-def _optimiser(scene: Scene, config: Reconstruct, extent: float) -> Adam:
-    lr, adamw, at = config.lr, config.adamw, lambda share: round(share * config.steps)
-    rates = {"means": lr.means * extent, "quats": lr.quats, "log_scales": lr.log_scales, "logit_opacities": lr.logit_opacities,
-             "sh": sh_learning_rates((config.sh_degree + 1) ** 2, lr.sh_dc, lr.sh_rest)}
-    decay = AttributeDecay(adamw.opacity_strength, adamw.scale_strength, adamw.ceiling, (at(adamw.opacity_from), at(adamw.until)), (at(adamw.scale_from), at(adamw.until)))
-    shrink = StateDecay(adamw.state_every, (at(adamw.scale_from), at(adamw.until)), ((0, adamw.state_share), (at(adamw.state_late_from), adamw.state_share_late)))
-    return Adam(scene, rates, attribute_decay=decay if adamw.attribute_decay else None, state_decay=shrink if adamw.state_decay else None, seed=config.seed + 2)
 
 
 def _at_step(camera: Cameras, photo: Tensor, mask: Tensor | None, progress: float, config: Reconstruct) -> tuple[Cameras, Tensor, Tensor | None]:

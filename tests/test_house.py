@@ -15,8 +15,9 @@ PACKAGE = REPO / "splatkit"
 FLOORS = [      # imports point down or stay on their floor
     {"scene", "camera", "capture", "errors", "config", "native", "_compat"},
     {"raster", "io"},
-    {"optim", "adc", "density", "metrics", "rooms", "paths", "film"},
+    {"optim", "adc", "density", "metrics", "exposure", "rooms", "paths", "film"},
     {"growth"},
+    {"fit"},
     {"reconstruct", "sfm"},
     {"lift"},
     {"distill"},

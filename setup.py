@@ -75,8 +75,10 @@ def find_cuda():
     if not wanted:
         try:
             query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-            wanted = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.replace(".", "")
+            wanted = " ".join(re.findall(r"\d+", subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.replace(".", "")))
         except (OSError, subprocess.SubprocessError):
+            wanted = ""
+        if not wanted:
             return [], "nvidia-smi showed no card at install; SPLATKIT_CUDA_ARCHS=90 (say) builds for one that is elsewhere", []
     archs = EVERY_CARD if wanted == "all" else wanted.replace(";", " ").replace(",", " ").split()
     if not archs or not all(re.fullmatch(r"\d+", a) for a in archs):
@@ -84,7 +86,7 @@ def find_cuda():
     archs = sorted(set(archs), key=int)
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
     try:
-        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout.strip().rpartition("\n")[2]
     except (OSError, subprocess.SubprocessError) as why:
         return [], f"{nvcc} does not run: {why}", []
     return [nvcc], version, gencode

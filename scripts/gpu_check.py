@@ -156,7 +156,7 @@ def sanitizers(b: Bench) -> dict:
     result = {}
     for kind in ("memcheck", "racecheck"):
         done = subprocess.run([tool, "--tool", kind, "--kernel-regex", "kns=sk", "--error-exitcode", "9", sys.executable, __file__, "small"], capture_output=True, text=True,
-                              timeout=240, check=False)
+                              timeout=400, check=False)
         lines = (done.stdout + done.stderr).strip().splitlines()
         result[kind] = {"clean": done.returncode == 0, "said": lines[-8:]}
         print(f"{kind}: {'clean' if done.returncode == 0 else lines[-20:]}", flush=True)

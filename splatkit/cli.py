@@ -57,9 +57,11 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
     layers.add_argument("--preset", nargs="?")
     layers.add_argument("--config", nargs="?")
     layers.add_argument("--device", nargs="?")
+    layers.add_argument("--backend", nargs="?")
     chosen = layers.parse_known_args(argv)[0]
     if not chosen.preset and not chosen.config:
-        chosen.preset = "gpu" if chosen.device == "cuda" or chosen.device != "cpu" and _looks_like_a_card() else "cpu"
+        on_cpu = chosen.device == "cpu" or chosen.backend in ("cpu", "reference")
+        chosen.preset = "gpu" if not on_cpu and (chosen.device == "cuda" or _looks_like_a_card()) else "cpu"
     for path in filter(None, [chosen.preset and config.preset("reconstruct", chosen.preset), chosen.config]):
         default = config.load_yaml(path, default)
     if default.data == unnamed:     # no layer says where the photos are, so the command line must; typed as Path, hence not MISSING at once

@@ -88,6 +88,8 @@ ABI = header_abi(_HEADER)
 ENTRIES, CONST = parse_header(_HEADER.decode())
 
 
+# What kernels read and write four numbers at a time.
+_BY_FOUR = {"quats", "sh", "splats", "v_splats", "features", "features_out", "v_features_out", "param", "grad", "m", "v", "m_sh", "v_sh", "v_quats", "map"}
 # What torch's own compiled code calls: torch.cuda.current_stream() makes an object first, 35 us a call.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda device: torch.cuda.current_stream(device).cuda_stream)
 
@@ -127,6 +129,8 @@ class Library:
         pointers = [(i, pointees[p.type], operator.attrgetter("is_cpu") if p.name == "settings" else on) for i, p in enumerate(entry.parameters)
                     if p.pointer and p.type in pointees]
         has_status, computes, error = entry.has_status, entry.computes, CONST["SK_ERROR"]
+        on_card = self.device == "cuda"
+        aligned = {i for i, p in enumerate(entry.parameters) if on_card and p.name in _BY_FOUR}
 
         def call(*args, **named):
             if named:
@@ -142,6 +146,12 @@ class Library:
                     if not (isinstance(x, Tensor) and x.dtype is dtype and in_place(x) and x.is_contiguous()):
                         raise _refusal(f"{entry.name}: {names[i]}", x, dtype, in_place(x) if isinstance(x, Tensor) else True, self.device)
                     values[i] = x.data_ptr()
+                    if i in aligned and values[i] % 16:
+                        raise ValueError(f"{entry.name}: {names[i]} does not start at a multiple of 16 bytes, as a slice of another tensor may; pass .clone()")
+            if on_card and (x := next((args[i] for i, *_ in pointers if args[i] is not None and args[i].is_cuda), None)) is not None:
+                if x.get_device() != torch.cuda.current_device():
+                    raise ValueError(f"{entry.name}: tensors are on cuda:{x.get_device()}, the current device is cuda:{torch.cuda.current_device()}; "
+                                     "work inside `with torch.cuda.device(...)`")
             if computes and torch.get_num_threads() != self._threads:
                 self._size_pool()
             try:
@@ -267,7 +277,10 @@ def _no_card() -> str | None:
         return "this torch was built without CUDA; install a CUDA build of torch"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device: no card, no driver, or a driver too old for this torch"
-    major, minor = torch.cuda.get_device_capability()
+    try:
+        major, minor = torch.cuda.get_device_capability()
+    except RuntimeError as why:
+        return f"the card does not answer: {str(why).splitlines()[0]}"
     archs, card = _built_for(), 10 * major + minor
     if archs and not any(a // 10 == major and a <= card for a in archs) and max(archs) > card:     # code of the same generation, or code to compile for later ones
         return (f"the library was built for compute capabilities {', '.join(f'{a // 10}.{a % 10}' for a in archs)}, {torch.cuda.get_device_name()} has {major}.{minor}; "
@@ -290,13 +303,12 @@ def _open(name: str) -> Library:
         raise BackendUnavailable(f"{name}: {_build_record(name)}; when that is mended, install splatkit again")
     try:
         library = Library(path, torch.float64 if name.endswith("f64") else torch.float32, "cuda" if name == "cuda" else "cpu")
+        if name == "cuda":
+            library.room("PROJECT", 1)      # asks the card for the first time
     except (OSError, AttributeError) as why:    # built for another system, or an entry is missing
         raise BackendUnavailable(f"{name}: {path.name} does not load: {why}; install splatkit again") from why
-    if name == "cuda":
-        try:
-            library.room("PROJECT", 1)      # asks the card for the first time
-        except RuntimeError as why:
-            raise BackendUnavailable(f"cuda: the card cannot be used: {why}; it wants a driver for CUDA {torch.version.cuda} or newer") from why
+    except RuntimeError as why:
+        raise BackendUnavailable(f"{name}: the card cannot be used: {str(why).splitlines()[0]}; is it full, or its driver older than CUDA {torch.version.cuda}?") from why
     return library
 
 

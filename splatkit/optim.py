@@ -126,14 +126,17 @@ class Adam:
                       displacement: Float[Tensor, "N 3"] | None = None, pulls: Mapping[Group, float] = {}) -> None:
         """step() straight from the gradient by a picture's projected Gaussians (`raster.splat_gradients`): on a card one kernel goes back through the
         projection and takes the step, so no gradient of the scene is stored. `sparse`: rows that the picture does not show keep everything. `pulls`
-        are factors on d opacity / d logit_opacities and d scale / d log_scales that the gradients get beside the picture's.
+        are factors on d opacity / d logit_opacities and d scale / d log_scales that the gradients get beside the picture's. `v_splats` is
+        used up.
         """
-        visible, camera = (picture.radii_px > 0) if sparse else None, picture.camera
+        if len(picture.radii_px) != len(scene) or v_splats.shape != (len(scene), native.CONST["SK_SPLAT"]):
+            raise ValueError(f"the picture shows {len(picture.radii_px)} rows and the gradient is {tuple(v_splats.shape)}, the scene has {len(scene)}; "
+                             "record the picture anew after an edit")
+        library, visible, camera = native.library_of(scene.means), (picture.radii_px > 0) if sparse else None, picture.camera
         fields, rates = self._begin(scene, {}, visible, camera.width * camera.height, learning_rates)
         groups = [g for g in ("means", "quats", "log_scales", "logit_opacities", "sh")]
         each = torch.stack(_corrections(self.row_steps, self.betas), dim=1).to(scene.means) if self._even is None else None
         opacity, ceiling = self._decay("logit_opacities", camera.width * camera.height)
-        library = native.library_of(scene.means)
         library.sk_project_vjp_adam(
             len(scene), camera.width, camera.height, picture.sh_degree, scene.sh.shape[1], picture.settings, *[fields[g] for g in groups], camera.world_to_cam.contiguous(),
             camera.K.contiguous(), picture.radii_px, v_splats, *[self.m.get(g) for g in groups], *[self.v.get(g) for g in groups],

@@ -106,12 +106,12 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
     run, start = config.output, time.monotonic()
     cameras = {i: views.camera(i) for i in train}
     bytes_per_photo = 12 * max(c.width * c.height for c in cameras.values())
-    image = functools.lru_cache(max(1, PHOTO_CACHE_BYTES // bytes_per_photo))(lambda i: (views.image(i), views.mask(i)))
+    image = functools.lru_cache(max(1, _cache_bytes(views.device) // bytes_per_photo))(lambda i: (views.image(i), views.mask(i)))
     settings, extent, background = _settings(config), _extent(cameras), torch.tensor(config.background, device=views.device)
     up, source = _up(cameras), config.data.resolve().name
     start_from = _first_scene(views.capture, config) if config.init is None else _scene_to_go_on(config)
     growth = KINDS[config.densification](config, extent, len(start_from), views.device)
-    made_with = {"config": configs.to_yaml(dataclasses.replace(config, data=Path(), output=Path(), init=None, resume=False)), "photos": [views.capture.photos[i].name for i in train]}
+    made_with = {"config": configs.to_yaml(dataclasses.replace(config, data=Path(), output=Path(), init=None, resume=False)), "photos": [views.capture.photos[i].name for i in train], "device": views.device}
     saved = checkpoint.load(run / "checkpoint") if config.resume and (run / "checkpoint").is_dir() else None
     if saved:
         _check_same_run(saved, made_with)
@@ -167,6 +167,9 @@ def _check_same_run(saved: checkpoint.Checkpoint, made_with: dict) -> None:
     was, now = (yaml.safe_load(values["config"]) for values in (saved.values, made_with))
     if other := [name for name in now if was.get(name, now[name]) != now[name]]:     # an option that was not there yet is at its default
         raise BadConfig(f"{saved.path} was made with other values of {', '.join(other)}; give the same, or start anew without --resume")
+    if saved.values.get("device", "cpu") != made_with["device"]:       # random states of one do not go on on the other
+        raise BadConfig(f"{saved.path} was made on {saved.values.get('device', 'cpu')}, this run is on {made_with['device']}; give --device {saved.values.get('device', 'cpu')}, "
+                        "or start anew with --init scene.ply")
     if saved.values["photos"] != made_with["photos"]:
         raise BadFile(saved.path, "photos", f"it was made with {len(saved.values['photos'])} other photos; start anew without --resume")
 
@@ -228,13 +231,22 @@ def _write_png(path: Path, picture: Tensor) -> None:
 def _device(config: Reconstruct) -> str:
     """Where the run works. Raises BackendUnavailable where that cannot be, or only at a crawl."""
     known = backends()
+    if config.backend == "gsplat":
+        if known["gsplat"] is not None or config.device == "cpu":
+            raise BackendUnavailable(f"gsplat: {known['gsplat'] or 'it draws on a card, and --device is cpu'}")
+        return "cuda"
     device = ("cuda" if known["cuda"] is None and config.backend in ("auto", "cuda") else "cpu") if config.device == "auto" else config.device
     if device == "cuda" and known["cuda"] is not None:
         raise BackendUnavailable(f"cuda: {known['cuda']}; --device cpu works without")
     if device == "cpu" and config.backend == "auto" and known["cpu"] is not None:
         raise BackendUnavailable(f"the native CPU library is missing ({known['cpu']}). `splatkit doctor` says what to do; "
                                  "--backend reference draws with plain torch, about a thousand times slower")
-    return "cuda" if config.backend == "gsplat" else device
+    return device
+
+
+def _cache_bytes(device: str) -> int:
+    """For photos, where the run works: on a card a third of what is free, since a photo that is read again costs more than its step."""
+    return torch.cuda.mem_get_info()[0] // 3 if device == "cuda" else PHOTO_CACHE_BYTES
 
 
 def _settings(config: Reconstruct) -> RasterSettings:

@@ -101,7 +101,7 @@ def test_a_fixed_order_gives_the_same_bits_twice_and_the_free_order_s_sums(emula
 # ---- the contract of capacities
 
 
-def test_with_too_small_a_capacity_nothing_is_drawn_and_needed_says_how_many(emulated):
+def test_with_too_small_a_capacity_the_picture_is_the_background_and_needed_says_how_many(emulated):
     N, C, W, H, F = 100, 2, 40, 33, 3
     scene, cameras, background = random_scene(N, channels=F, dtype=F32), ring(C, width=W, height=H, dtype=F32), torch.rand(C, 3)
     POISON = -7
@@ -119,7 +119,8 @@ def test_with_too_small_a_capacity_nothing_is_drawn_and_needed_says_how_many(emu
         return out
 
     for capacity in (0, 1, total - 1):
-        assert all((x == POISON).all() for x in blend(capacity)[1:])
+        _, offsets, color, *others = blend(capacity)
+        assert (offsets == 0).all() and torch.equal(color, background[:, None, None].expand_as(color)) and all((x == 0).all() for x in others)
     exact, roomy = blend(total), blend(total + 1000)
     assert all((x != POISON).all() for x in exact) and exact[1][-1] == total
     assert torch.equal(roomy[0][:total], exact[0]) and all(torch.equal(a, b) for a, b in zip(roomy[1:], exact[1:]))

@@ -5,8 +5,9 @@
 // Every entry that returns int32_t status returns SK_OK, SK_MORE (a capacity was too small: the needed count is written, nothing else
 // is touched) or SK_ERROR (sk_last_error() says why). Arrays are dense, row-major, owned by the caller; NULL where marked optional.
 // The CUDA library takes device arrays, but for `settings`, which it reads on the host; `stream` is the CUDA stream that every launch goes to, and
-// `scratch` are scratch_words 8-byte words of device memory, as many as sk_scratch() says (NULL and 0 for CPU libraries). It never waits for the card,
-// so sk_blend cannot answer SK_MORE there: with capacity < needed[0] it draws nothing, and the caller looks at needed. Counts are int64_t.
+// `scratch` are scratch_words 8-byte words of device memory, as many as sk_scratch() says (NULL and 0 for CPU libraries). But for sk_fma_peak it never
+// waits for the card, so sk_blend cannot answer SK_MORE there: with capacity < needed[0] the pictures are the background, and the caller looks at needed.
+// What kernels touch four numbers at a time must start at a multiple of 16 bytes. Counts are int64_t.
 #ifndef SPLATKIT_H
 #define SPLATKIT_H
 #include <stdint.h>

@@ -128,7 +128,7 @@ int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, in
     const ProjectScratch s(memory, n);
     check(cudaMemsetAsync(counts, 0, sizeof(int64_t) * 3 * cameras, to), "memset");
     for (int c = 0; c < cameras && n; c++) {
-      const ProjectArgs a = {n, width, height, sh_degree, sh_bands, Settings(settings), means, quats, log_scales, logit_opacities, sh, world_to_cam + 16 * c, K + 9 * c,
+      const ProjectArgs a = {n, width, height, sh_degree, sh_bands, Settings(settings), cut_of<float>(settings), means, quats, log_scales, logit_opacities, sh, world_to_cam + 16 * c, K + 9 * c,
                              offset(rows, 2 * c), splats + c * n * SK_SPLAT, radii + c * n, tiles + c * n, counts + 3 * c, s.keys, s.ids, nullptr};
       project(a, to);
       sort_pairs(s.temporary, s.bytes, s.keys, s.keys_sorted, s.ids, order + c * n, n, 32, to);
@@ -142,7 +142,7 @@ int32_t sk_project_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height
     Scratch memory(scratch, scratch_words);
     double* pose = v_world_to_cam || v_K ? memory.take<double>((int64_t)16 * blocks_for(n, VJP_ROWS)) : nullptr;
     for (int c = 0; c < cameras && n; c++) {
-      const ProjectArgs a = {n, width, height, sh_degree, sh_bands, Settings(settings), means, quats, log_scales, logit_opacities, sh, world_to_cam + 16 * c, K + 9 * c,
+      const ProjectArgs a = {n, width, height, sh_degree, sh_bands, Settings(settings), cut_of<float>(settings), means, quats, log_scales, logit_opacities, sh, world_to_cam + 16 * c, K + 9 * c,
                              offset(rows, 2 * c), nullptr, const_cast<float*>(radii) + c * n, nullptr, nullptr, nullptr, nullptr, const_cast<float*>(v_splats) + c * n * SK_SPLAT};
       project_vjp(a, {{v_means, v_quats, v_log_scales, v_logit_opacities, v_sh}, pose, c > 0}, offset(v_world_to_cam, 16 * c), offset(v_K, 9 * c), to);
     }
@@ -173,8 +173,6 @@ int32_t sk_blend(int64_t n, int32_t cameras, int32_t width, int32_t height, int3
     b.tile_offsets = tile_offsets;
     bin(b, memory, to);
     BlendArgs a = blend_args(n, cameras, width, height, channels, settings, splats, features, background, pairs, tile_offsets);
-    a.capacity = capacity;
-    a.needed = needed;
     a.color = color;
     a.alpha = alpha;
     a.expected_depth = expected_depth;
@@ -260,7 +258,7 @@ int32_t sk_adam(int64_t n, int32_t columns, float* param, const float* grad, flo
 
 int32_t sk_project_vjp_adam(int64_t n, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, float* means, float* quats, float* log_scales, float* logit_opacities, float* sh, const float* world_to_cam, const float* K, const float* radii, float* v_splats, float* m_means, float* m_quats, float* m_log_scales, float* m_logit_opacities, float* m_sh, float* v_means, float* v_quats, float* v_log_scales, float* v_logit_opacities, float* v_sh, const float* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const float* corrections, int32_t sparse, double opacity_decay, double scale_decay, double decay_max, double opacity_pull, double scale_pull, int64_t*, int64_t, void* stream) {
   return guarded("sk_project_vjp_adam", [&] {
-    const ProjectArgs a = {n, width, height, sh_degree, sh_bands, Settings(settings), means, quats, log_scales, logit_opacities, sh, world_to_cam, K,
+    const ProjectArgs a = {n, width, height, sh_degree, sh_bands, Settings(settings), cut_of<float>(settings), means, quats, log_scales, logit_opacities, sh, world_to_cam, K,
                            nullptr, nullptr, const_cast<float*>(radii), nullptr, nullptr, nullptr, nullptr, v_splats};
     ProjectStep s = {{means, quats, log_scales, logit_opacities, sh}, {m_means, m_quats, m_log_scales, m_logit_opacities, m_sh}, {v_means, v_quats, v_log_scales, v_logit_opacities, v_sh},
                      learning_rates, corrections, beta1, beta2, epsilon, 0, 0, opacity_decay, scale_decay, decay_max, (float)opacity_pull, (float)scale_pull, sparse != 0};

@@ -73,7 +73,7 @@ template <class K> __global__ void __launch_bounds__(ROWS) pairs_kernel(BinArgs 
     int x0, x1;
     columns_of_row(g.ellipse, g.box, y, a.width, a.height, x0, x1);
     const int first = (c * a.tiles_y + y) * a.tiles_x;
-    for (int x = x0; x < x1; x++, at++) {
+    for (int x = x0; x < x1 && at < end; x++, at++) {
       gathered[at] = (K)(first + x);
       owner[at] = (uint8_t)lane;
     }
@@ -114,12 +114,11 @@ template <class K> __global__ void __launch_bounds__(ROWS) large_pairs_kernel(Bi
   }
 }
 
-// tile_offsets[t] = how many of the sorted keys are below t.
+// tile_offsets[t] = how many of the sorted keys are below t; none where they had no room, so that the picture is the background.
 template <class K> __global__ void __launch_bounds__(ROWS) offsets_kernel(BinArgs a, const K* keys, int64_t tiles) {
-  if (a.needed[0] > a.capacity) return;
   const int64_t t = (int64_t)blockIdx.x * ROWS + threadIdx.x;
   if (t > tiles) return;
-  int64_t low = 0, high = a.needed[0];
+  int64_t low = 0, high = a.needed[0] > a.capacity ? 0 : a.needed[0];
   while (low < high) {
     const int64_t middle = (low + high) / 2;
     if (keys[middle] < t) low = middle + 1;

@@ -13,7 +13,6 @@ typedef Sub<PX> S;
 
 template <bool DEPTH> __global__ void __launch_bounds__(S::THREADS) blend_kernel(BlendArgs a) {
   __shared__ Kept warps[S::WARPS];
-  if (a.needed && a.needed[0] > a.capacity) return;
   const int c = blockIdx.y;
   Kept& kept = warps[threadIdx.x / 32];
   const S sub(a, blockIdx.x);

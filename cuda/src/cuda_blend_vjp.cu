@@ -265,11 +265,11 @@ __global__ void __launch_bounds__(S::THREADS) blend_vjp_moments_kernel(BlendVjpA
   }
 }
 
+// Of the code, not of the card: code for 7.5 may have been compiled for a later card, without the products.
 bool has_matrix_units() {
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
-  return major >= 8;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, (const void*)blend_vjp_moments_kernel), "blend_vjp");
+  return attributes.ptxVersion >= 80;
 }
 
 // One block a camera: adds up what its tiles found, in a fixed order.

@@ -56,7 +56,6 @@ template <int CH> struct FeatureStream {
 template <int CH> __global__ void __launch_bounds__(S::THREADS) features_kernel(BlendArgs a) {
   __shared__ Kept kept_by_warp[S::WARPS];
   __shared__ Ring<CH> rings[S::WARPS];
-  if (a.needed && a.needed[0] > a.capacity) return;
   const int c = blockIdx.z, warp = threadIdx.x / 32;
   Kept& kept = kept_by_warp[warp];
   const S sub(a, blockIdx.x);
@@ -165,12 +164,16 @@ template <int CH> __device__ void share_pixels(const BlendArgs& a, const S& sub,
   __syncwarp();
 }
 
-template <int CH, bool GRADIENT, bool FIXED> __global__ void __launch_bounds__(S::THREADS) features_back_kernel(BackArgs b) {
+// A block has half a tile, for the shared memory of a whole one is more than any card but the largest gives a block.
+constexpr int HALF_WARPS = S::WARPS / 2, HALF_THREADS = 32 * HALF_WARPS;
+static_assert(HALF_WARPS * sizeof(BackShared<64>) <= 64 << 10, "what compute capability 7.5 gives a block");
+
+template <int CH, bool GRADIENT, bool FIXED> __global__ void __launch_bounds__(HALF_THREADS) features_back_kernel(BackArgs b) {
   SK_DYNAMIC_SHARED(dynamic_shared);
   BackShared<CH>& s = ((BackShared<CH>*)dynamic_shared)[threadIdx.x / 32];
   const BlendArgs& a = b.v.forward;
-  const int c = blockIdx.z;
-  const S sub(a, blockIdx.x);
+  const int c = blockIdx.z, tile = blockIdx.x / 2, warp = threadIdx.x / 32 + blockIdx.x % 2 * HALF_WARPS;
+  const S sub(a, tile, warp);
   const int lane = sub.lane;
   const Chunk chunk(a.channels, b.first_chunk + blockIdx.y, CH);
   const int64_t first_row = c * a.n, picture = (int64_t)a.width * a.height * c;
@@ -191,7 +194,7 @@ template <int CH, bool GRADIENT, bool FIXED> __global__ void __launch_bounds__(S
   int waiting = 0;
   const TransposedSum<SUMS> transposed(lane);
   const int field = FIELD[transposed.index];
-  Walk walk(a, c, blockIdx.x, lane);
+  Walk walk(a, c, tile, lane);
   for (bool going = true; going && walk.more(); going = __any_sync(FULL, light.going())) {
     const int count = walk.next(a, sub, s.kept);
     FeatureStream<CH> stream(a, s.kept, s.ring, chunk, GRADIENT ? count : 0, lane);
@@ -218,7 +221,7 @@ template <int CH, bool GRADIENT, bool FIXED> __global__ void __launch_bounds__(S
         const float total = TransposedSum<SUMS>::of(m, lane);
         const int64_t row = first_row + s.kept.rows[i];
         if constexpr (FIXED) {   // this warp alone writes its records, and launches take the chunks in turn
-          const int64_t slot = slot_at(b.v, row, blockIdx.x) * SUBS + threadIdx.x / 32;
+          const int64_t slot = slot_at(b.v, row, tile) * SUBS + warp;
           if (slot < b.v.slots * SUBS) {
             float* record = b.v.records + slot * RECORD;
             if (!b.v.written[slot] && lane < RECORD) record[lane] = 0;
@@ -255,11 +258,11 @@ template <bool GRADIENT, bool FIXED> void features_back(BackArgs b, cudaStream_t
   const bool wide = a.channels > 32;
   const int size = wide ? 64 : 32, chunks = (a.channels + size - 1) / size, at_once = FIXED ? 1 : chunks;
   for (b.first_chunk = 0; b.first_chunk < chunks; b.first_chunk += at_once)
-    launch("features_back", wide ? features_back_kernel<64, GRADIENT, FIXED> : features_back_kernel<32, GRADIENT, FIXED>, dim3(a.tiles_x * a.tiles_y, at_once, a.cameras), dim3(S::THREADS),
-           S::WARPS * (wide ? sizeof(BackShared<64>) : sizeof(BackShared<32>)), stream, b);
+    launch("features_back", wide ? features_back_kernel<64, GRADIENT, FIXED> : features_back_kernel<32, GRADIENT, FIXED>, dim3(2 * a.tiles_x * a.tiles_y, at_once, a.cameras), dim3(HALF_THREADS),
+           HALF_WARPS * (wide ? sizeof(BackShared<64>) : sizeof(BackShared<32>)), stream, b);
 }
 
-// Whole numbers with 2^40 steps up to the largest |v_features_out|: sums of up to 2^22 pixels stay below 2^63.
+// Whole numbers with 2^36 steps up to the largest |v_features_out|: sums of up to 2^26 pixels of all cameras stay below 2^63.
 __global__ void __launch_bounds__(ROWS) largest_kernel(const float* x, int64_t count, unsigned* largest) {
   unsigned most = 0;
   for (int64_t i = (int64_t)blockIdx.x * ROWS + threadIdx.x; i < count; i += (int64_t)gridDim.x * ROWS) {
@@ -270,7 +273,7 @@ __global__ void __launch_bounds__(ROWS) largest_kernel(const float* x, int64_t c
 }
 __global__ void scale_kernel(const unsigned* largest, float* scale) {
   const int exponent = (int)(largest[0] >> 23) - 127;     // of the largest, rounded down
-  const int power = 39 - exponent;
+  const int power = 35 - exponent;
   scale[0] = from_bits(((power < 127 ? power : 127) + 127) << 23);
 }
 __global__ void __launch_bounds__(ROWS) unfix_kernel(const long long* fixed, const float* scale, int64_t count, float* out) {

@@ -9,6 +9,7 @@ struct ProjectArgs {
   int64_t n;
   int32_t width, height, sh_degree, sh_bands;
   Settings settings;
+  float cut;                      // of the host: binning must have the same, to the bit
   const float *means, *quats, *log_scales, *logit_opacities, *sh, *world_to_cam, *K;
   const int64_t* rows;            // [2] or null: every row
   float *splats, *radii;
@@ -56,8 +57,6 @@ struct BlendArgs {
   int64_t n;
   int32_t cameras, width, height, tiles_x, tiles_y, channels;
   float cut, alpha_max, transmittance_min;
-  int64_t capacity;
-  const int64_t* needed;          // null, or nothing is drawn where it is above capacity
   const float *splats, *features, *background;   // [C,n,SK_SPLAT], [n,channels], [C,3]
   const int32_t* pairs;
   const int64_t* tile_offsets;
@@ -80,7 +79,7 @@ struct BlendVjpArgs {
   float* records;                 // [slots,SUBS,RECORD]
   uint8_t* written;               // [slots,SUBS]
   long long* fixed_features;      // [n,channels]: v_features as whole numbers, whose sum has no order
-  float* fixed_scale;             // [1]
+  float* fixed_scale;             // [2]: the scale, and the largest number's bits
 };
 constexpr int RECORD = 16;             // a gradient record, the weight, and three numbers that align it
 void blend_vjp(const BlendVjpArgs& a, cudaStream_t stream);

@@ -55,6 +55,7 @@ template <int DEGREE> __global__ void __launch_bounds__(ROWS) project_kernel(Pro
     a.radii[row] = radius;
     a.tiles[row] = box;
   }
+  if (row == 0 && !(a.K[0] > 0 && a.K[4] > 0 && a.K[1] == 0 && a.K[3] == 0)) bad++;   // a camera that cannot be drawn, said where all else is counted
   const int visible = __popc(__ballot_sync(FULL, drawn));
   tiles = sum_of_warp(tiles);
   bad = sum_of_warp(bad);

@@ -5,7 +5,10 @@
 namespace sk {
 
 __device__ inline void share_view(View<float>& view, const ProjectArgs& a) {
-  if (threadIdx.x == 0) view = make_view(a.world_to_cam, a.K, a.width, a.height, a.settings.values);
+  if (threadIdx.x == 0) {
+    view = make_view(a.world_to_cam, a.K, a.width, a.height, a.settings.values);
+    view.cut = a.cut;
+  }
   __syncthreads();
 }
 

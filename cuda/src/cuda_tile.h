@@ -12,9 +12,9 @@ template <int PX> struct Sub {
   bool inside[PX];
   int64_t pixel[PX];               // in a map [H,W]
 
-  __device__ Sub(const BlendArgs& a, int tile) {
+  __device__ Sub(const BlendArgs& a, int tile) : Sub(a, tile, threadIdx.x / 32) {}
+  __device__ Sub(const BlendArgs& a, int tile, int warp) {   // warp: of the tile's WARPS
     lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
     left = tile % a.tiles_x * SK_TILE + warp % 2 * 8;
     top = tile / a.tiles_x * SK_TILE + warp / 2 * HEIGHT;
     const int column = left + lane % 8;
@@ -79,6 +79,7 @@ struct Walk {
   }
   // also(place, row) of each that is kept.
   template <class S, class F> __device__ int next(const BlendArgs& a, const S& sub, Kept& kept, F&& also) {
+    __syncwarp();   // nobody still reads what was kept before
     const bool touches = at + lane < end && sub.touched_by(a, record.gaussian());
     const unsigned mask = __ballot_sync(FULL, touches);
     const int count = __popc(mask), place = __popc(mask & ((1u << lane) - 1));

@@ -20,6 +20,7 @@ from .types import RasterSettings, RasterStats, RenderOutput
 
 COLOR, EXPECTED_DEPTH, MEDIAN_DEPTH, FEATURES = 1, 2, 4, 8     # bits of `outputs`
 SPLAT, TILE = CONST["SK_SPLAT"], CONST["SK_TILE"]
+PAIRS_MAX = 2**31 - 1
 
 
 def render_native(scene: Scene, cameras: Cameras, outputs: tuple[str, ...], background: Tensor | None, sh_degree: int,
@@ -67,6 +68,10 @@ def record(scene: Scene, camera: Cameras, background: Float[Tensor, " 3"] | None
     """The colour picture of one camera by the library of the scene's device, recorded for `splat_gradients`."""
     if len(camera) != 1:
         raise ValueError(f"record() draws one camera, got {len(camera)}")
+    if camera.dtype != scene.dtype or camera.device != scene.device:
+        raise ValueError(f"the camera is {camera.dtype} on {camera.device}, the scene {scene.dtype} on {scene.device}; convert one with .to(...)")
+    if sh_degree is not None and not 0 <= sh_degree <= scene.sh_degree:
+        raise ValueError(f"sh_degree={sh_degree}; the scene holds degrees 0 to {scene.sh_degree}")
     packed, degree = packed_settings(settings), scene.sh_degree if sh_degree is None else sh_degree
     background = None if background is None else background.expand(1, 3)
     color, alpha, _, _, _, radii, splats, tiles, counts, pairs, offsets = _rasterize(
@@ -120,7 +125,7 @@ class _Landing(threading.local):
 _landing = _Landing()
 
 
-def _after_projection(counts: Tensor, fields: tuple[Tensor, ...], world_to_cam: Tensor, K: Tensor, size: tuple[int, int], blend) -> None:
+def _after_projection(counts, fields: tuple[Tensor, ...], world_to_cam: Tensor, K: Tensor, size: tuple[int, int], blend) -> None:
     """Calls blend(capacity), once with enough; raises ValueError where projection met a NaN or an infinity."""
     key, on_card, done = (counts.device, len(counts), *size), counts.is_cuda, 0
     if on_card and torch.cuda.is_current_stream_capturing():
@@ -130,7 +135,10 @@ def _after_projection(counts: Tensor, fields: tuple[Tensor, ...], world_to_cam: 
     if on_card:
         on_host, copied = _landing.send(counts)
         if done := _capacity.get(key, 0):
-            blend(done)
+            try:
+                blend(done)
+            except torch.OutOfMemoryError:      # the next picture may need less
+                done = _capacity.pop(key) and 0
         copied.synchronize()
         counts = on_host
     rows = counts.tolist()
@@ -138,13 +146,13 @@ def _after_projection(counts: Tensor, fields: tuple[Tensor, ...], world_to_cam: 
     if bad:
         Cameras(world_to_cam, K, *size).check()
         Scene(*fields).check_finite()
-    if needed > 2**31 - 1:
-        raise ValueError(f"{needed} pairs of Gaussians and tiles; at most 2147483647 fit: draw fewer cameras at once, a smaller picture or fewer Gaussians")
+    if needed > PAIRS_MAX:
+        raise ValueError(f"{needed} pairs of Gaussians and tiles; at most {PAIRS_MAX} fit: draw fewer cameras at once, a smaller picture or fewer Gaussians")
     if not on_card:
         return blend(needed)
-    if needed > done:
-        blend(done := math.ceil(1.1 * needed) + 1024)
-    _capacity[key] = max(math.ceil(1.1 * needed) + 1024, math.ceil(0.98 * done))     # shrinks slowly
+    if needed > done or not done:
+        blend(done := min(math.ceil(1.1 * needed) + 1024, PAIRS_MAX))
+    _capacity[key] = min(max(math.ceil(1.1 * needed) + 1024, math.ceil(0.98 * done)), PAIRS_MAX)     # shrinks slowly
 
 
 def _rasterize(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opacities: Tensor, sh: Tensor, features: Tensor | None, world_to_cam: Tensor,

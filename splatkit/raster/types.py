@@ -82,9 +82,9 @@ class RasterStats:
     def add_view(self, grad: Float[Tensor, "N 2"], abs_grad: Float[Tensor, "N 2"], weights: Float[Tensor, " N"],
                  radii_px: Float[Tensor, " N"], width: int, height: int) -> None:
         """Adds one view's per-row sums; `grad` and `abs_grad` are in loss per pixel of movement."""
-        unit = torch.tensor([width / 2, height / 2], dtype=grad.dtype, device=grad.device)
-        self.grad_sum += (grad * unit).norm(dim=1)
-        self.abs_grad_sum += (abs_grad * unit).norm(dim=1)
+        length = lambda g: torch.hypot(g[:, 0] * (width / 2), g[:, 1] * (height / 2))     # a tensor of the unit would wait for a card
+        self.grad_sum += length(grad)
+        self.abs_grad_sum += length(abs_grad)
         self.count += radii_px > 0
         torch.maximum(self.max_radius_px, radii_px.to(self.max_radius_px), out=self.max_radius_px)
         self.weight_sum += weights

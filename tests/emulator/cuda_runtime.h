@@ -116,9 +116,8 @@ inline unsigned atomicMax(unsigned* p, unsigned x) { return emulator::atomically
 
 typedef struct Stream* cudaStream_t;
 enum cudaError_t { cudaSuccess = 0 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 9, cudaSuccess; }
+struct cudaFuncAttributes { int ptxVersion; };
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) { return a->ptxVersion = 90, cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) { return bytes ? (memset(p, value, bytes), cudaSuccess) : cudaSuccess; }

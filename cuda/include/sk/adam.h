@@ -20,7 +20,8 @@ template <int attribute, class T> SK_FN T slope(T param) {
 // Both corrections of step t for one number that has taken t steps.
 SK_FN void bias_corrections(double beta1, double beta2, int64_t t, double& correct1, double& correct2) {
   double power1 = 1, power2 = 1;
-  for (int64_t i = 0; i < t && (power1 > 1e-30 || power2 > 1e-30); i++) power1 *= beta1, power2 *= beta2;
+  for (; t > 0; t /= 2, beta1 *= beta1, beta2 *= beta2)
+    if (t % 2) power1 *= beta1, power2 *= beta2;
   correct1 = 1 / (1 - power1);
   correct2 = 1 / sqrt(1 - power2);
 }

@@ -109,23 +109,25 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
     image = functools.lru_cache(max(1, _cache_bytes(views.device) // bytes_per_photo))(lambda i: (views.image(i), views.mask(i)))
     settings, extent, background = _settings(config), _extent(cameras), torch.tensor(config.background, device=views.device)
     up, source = _up(cameras), config.data.resolve().name
-    start_from = _first_scene(views.capture, config) if config.init is None else _scene_to_go_on(config)
-    growth = KINDS[config.densification](config, extent, len(start_from), views.device)
-    made_with = {"config": configs.to_yaml(dataclasses.replace(config, data=Path(), output=Path(), init=None, resume=False)), "photos": [views.capture.photos[i].name for i in train], "device": views.device}
+    made_with = {"config": configs.to_yaml(dataclasses.replace(config, data=Path(), output=Path(), init=None, resume=False)),
+                 "photos": [views.capture.photos[i].name for i in train], "device": views.device}
     saved = checkpoint.load(run / "checkpoint") if config.resume and (run / "checkpoint").is_dir() else None
     if saved:
         _check_same_run(saved, made_with)
+        growth = KINDS[config.densification](config, extent, 0, views.device)
         fit = Fit.resumed(saved, growth, config, extent, len(train))
     else:
+        scene = (_first_scene(views.capture, config) if config.init is None else _scene_to_go_on(config)).to(views.device)
+        growth = KINDS[config.densification](config, extent, len(scene), views.device)
         shutil.rmtree(run / "checkpoint", ignore_errors=True)
-        fit = Fit.first(start_from.to(views.device), growth, config, extent, len(train))
+        fit = Fit.first(scene, growth, config, extent, len(train))
     configs.save(config, run / "config.yaml")
     _keep_lines(run / "metrics.jsonl", fit.step)
 
     def save() -> None:
         io.save(run / "scene.ply", fit.scene.detach().to("cpu"), SceneHeader(settings.changed(), up, False, source, fit.step))
 
-    skipped = 0
+    skipped, place = 0, {photo: k for k, photo in enumerate(train)}
     try:
         with (run / "metrics.jsonl").open("a") as log:
             for step in range(fit.step + 1, config.steps + 1):
@@ -135,7 +137,7 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
                 if config.random_background:
                     background = torch.rand(3, generator=fit.order).to(views.device)
                 rate = exponential_decay(step, config.steps, config.lr.means, config.lr.means_final) * extent
-                loss, color, bad = fit.step_on(camera, photo, mask, train.index(i), background, min(fit.scene.sh_degree, (step - 1) // config.sh_every), settings, rate)
+                loss, color, bad = fit.step_on(camera, photo, mask, place[i], background, min(fit.scene.sh_degree, (step - 1) // config.sh_every), settings, rate)
                 skipped = skipped + 1 if bad else 0
                 if bad:
                     log.write(json.dumps({"step": step, "skipped": True, "not_finite": bad, "photo": views.capture.photos[i].name}) + "\n")

@@ -167,9 +167,20 @@ def test_gains_are_recovered_and_the_scene_has_the_mean_exposure(exposed, photos
 
 def test_a_run_with_exposures_resumes_bit_by_bit(exposed, tmp_path, cpu_library):
     folder, _ = exposed
-    whole, _ = run(folder, tmp_path / "a", 60, exposure=True)
+    run(folder, tmp_path / "a", 60, exposure=True)
     reconstruct(settings(folder, tmp_path / "b", steps=60, exposure=True, save_every=30), lambda *a, **k: None)
     (tmp_path / "b" / "checkpoint" / "checkpoint-00000060.safetensors").unlink()
     reconstruct(settings(folder, tmp_path / "b", steps=60, exposure=True, save_every=30, resume=True))
     a, b = (checkpoint.load(tmp_path / x / "checkpoint").tensors for x in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
+
+
+def test_a_warm_started_run_resumes_without_the_file_it_started_from(photos, tmp_path, cpu_library):
+    run(photos, tmp_path / "a", 20)
+    first = dict(init=tmp_path / "a" / "scene.ply", densification="adc", adc=QUICK_ADC, save_every=30)
+    run(photos, tmp_path / "b", 60, **first)
+    run(photos, tmp_path / "c", 60, **first)
+    (tmp_path / "c" / "checkpoint" / "checkpoint-00000060.safetensors").unlink()
+    (tmp_path / "a" / "scene.ply").unlink()
+    _, resumed = run(photos, tmp_path / "c", 60, resume=True, **first)
+    assert same(resumed, io.load(tmp_path / "b" / "scene.ply")[0])

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from . import io
     from .camera import Cameras, look_at
     from .capture import Capture, Photo, SceneHeader
-    from .errors import BackendUnavailable, BadConfig, BadFile, SplatkitError
+    from .errors import BackendUnavailable, BadConfig, BadFile, Diverged, SplatkitError
     from .raster import RasterSettings, RasterStats, RenderOutput, render, uplift
     from .scene import Edit, Scene
 
@@ -19,11 +19,11 @@ _HOME = {
     "io": (),
     "camera": ("Cameras", "look_at"),
     "capture": ("Capture", "Photo", "SceneHeader"),
-    "errors": ("BackendUnavailable", "BadConfig", "BadFile", "SplatkitError"),
+    "errors": ("BackendUnavailable", "BadConfig", "BadFile", "Diverged", "SplatkitError"),
     "raster": ("RasterSettings", "RasterStats", "RenderOutput", "render", "uplift"),
     "scene": ("Edit", "Scene"),
 }
-__all__ = ["io", "Cameras", "look_at", "Capture", "Photo", "SceneHeader", "BackendUnavailable", "BadConfig", "BadFile", "SplatkitError",
+__all__ = ["io", "Cameras", "look_at", "Capture", "Photo", "SceneHeader", "BackendUnavailable", "BadConfig", "BadFile", "Diverged", "SplatkitError",
            "RasterSettings", "RasterStats", "RenderOutput", "render", "uplift", "Edit", "Scene"]
 
 

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .optim import adam_
+
 
 class Exposures:
     """seen = exp(log_gain) * color + offset of each of P photos, fitted beside the scene by Adam (Kingma & Ba 2015).
@@ -35,12 +37,8 @@ class Exposures:
         if not all(bool(torch.isfinite(g).all()) for g in grads):
             return
         self.steps_taken += 1
-        t = self.steps_taken
         for name, x, g in zip(("log_gain", "offset"), self.parameters, grads):
-            m, v = self.moments[f"m.{name}"], self.moments[f"v.{name}"]
-            m.mul_(0.9).add_(g, alpha=0.1)
-            v.mul_(0.999).addcmul_(g, g, value=0.001)
-            x -= self.learning_rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-15)
+            adam_(x, g, self.moments[f"m.{name}"], self.moments[f"v.{name}"], x.new_full((3,), self.learning_rate), (0.9, 0.999), 1e-15, self.steps_taken)
             x -= x.mean(0)
 
     def state_dict(self) -> dict[str, Tensor]:

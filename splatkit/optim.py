@@ -134,7 +134,7 @@ class Adam:
                              "record the picture anew after an edit")
         library, visible, camera = native.library_of(scene.means), (picture.radii_px > 0) if sparse else None, picture.camera
         fields, rates = self._begin(scene, {}, visible, camera.width * camera.height, learning_rates)
-        groups = [g for g in ("means", "quats", "log_scales", "logit_opacities", "sh")]
+        groups = ("means", "quats", "log_scales", "logit_opacities", "sh")
         each = torch.stack(_corrections(self.row_steps, self.betas), dim=1).to(scene.means) if self._even is None else None
         opacity, ceiling = self._decay("logit_opacities", camera.width * camera.height)
         library.sk_project_vjp_adam(

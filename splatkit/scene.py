@@ -171,11 +171,16 @@ def rotate_sh(sh: Float[Tensor, "N K 3"], rotation: Float[Tensor, "3 3"]) -> Flo
     return out
 
 
-def rotation_matrices(quats: Float[Tensor, "N 4"]) -> Float[Tensor, "N 3 3"]:
-    """Of the normalised quaternions (wxyz); a zero quaternion is the identity and gets no gradient."""
+def unit_quats(quats: Float[Tensor, "N 4"]) -> Float[Tensor, "N 4"]:
+    """Normalised (wxyz); a zero quaternion is the identity and gets no gradient."""
     largest = quats.detach().abs().amax(dim=1, keepdim=True)        # divided out first: squares of tiny or huge entries leave the range
     unit = torch.where(largest > 0, quats / torch.where(largest > 0, largest, 1), torch.tensor([1, 0, 0, 0]).to(quats))
-    w, x, y, z = torch.nn.functional.normalize(unit, dim=1).unbind(1)
+    return torch.nn.functional.normalize(unit, dim=1)
+
+
+def rotation_matrices(quats: Float[Tensor, "N 4"]) -> Float[Tensor, "N 3 3"]:
+    """Of the quaternions (wxyz) as unit_quats() has them."""
+    w, x, y, z = unit_quats(quats).unbind(1)
     return torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
                         2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
                         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], dim=1).reshape(-1, 3, 3)

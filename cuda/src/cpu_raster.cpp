@@ -36,8 +36,8 @@ BlendArgs blend_args(int32_t width, int32_t height, int32_t channels, const doub
   BlendArgs a = {};
   a.width = width;
   a.height = height;
-  a.tiles_x = (width + SK_TILE - 1) / SK_TILE;
-  a.tiles_y = (height + SK_TILE - 1) / SK_TILE;
+  a.tiles_x = tiles_of(width);
+  a.tiles_y = tiles_of(height);
   a.channels = channels;
   a.cut = cut_of<real>(settings);
   a.alpha_max = (real)settings[SK_ALPHA_MAX];
@@ -46,8 +46,6 @@ BlendArgs blend_args(int32_t width, int32_t height, int32_t channels, const doub
   a.features = features;
   return a;
 }
-
-template <class T> T* offset(T* p, int64_t n) { return p ? p + n : nullptr; }
 
 // Puts the visible rows, front to back, into the lists of the tiles that they reach: a counting sort by tile in slices, stable.
 void bin(const BlendArgs& a, const int32_t* order, const int64_t* reached, int64_t visible, int64_t base, int32_t* pairs, int64_t* tile_offsets) {

@@ -21,8 +21,6 @@ template <class F> int32_t guarded(const char* entry, F&& f) {
   }
 }
 
-int32_t tiles_of(int32_t size) { return (size + SK_TILE - 1) / SK_TILE; }
-
 struct ProjectScratch {
   uint32_t *keys, *keys_sorted;
   int32_t* ids;
@@ -54,14 +52,20 @@ struct BlendVjpScratch {
   }
 };
 
-BlendArgs blend_args(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const float* splats, const float* features, const float* background, const int32_t* pairs, const int64_t* tile_offsets) {
-  BlendArgs a = {};
+// What binning and blending alike know of the pictures.
+template <class Args> Args sized(int64_t n, int32_t cameras, int32_t width, int32_t height) {
+  Args a = {};
   a.n = n;
   a.cameras = cameras;
   a.width = width;
   a.height = height;
   a.tiles_x = tiles_of(width);
   a.tiles_y = tiles_of(height);
+  return a;
+}
+
+BlendArgs blend_args(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, const double* settings, const float* splats, const float* features, const float* background, const int32_t* pairs, const int64_t* tile_offsets) {
+  auto a = sized<BlendArgs>(n, cameras, width, height);
   a.channels = channels;
   a.cut = cut_of<float>(settings);
   a.alpha_max = (float)settings[SK_ALPHA_MAX];
@@ -75,14 +79,8 @@ BlendArgs blend_args(int64_t n, int32_t cameras, int32_t width, int32_t height, 
 }
 
 BinArgs bin_args(int64_t n, int32_t cameras, int32_t width, int32_t height, int64_t capacity) {
-  BinArgs a = {};
-  a.n = n;
+  auto a = sized<BinArgs>(n, cameras, width, height);
   a.capacity = capacity;
-  a.cameras = cameras;
-  a.width = width;
-  a.height = height;
-  a.tiles_x = tiles_of(width);
-  a.tiles_y = tiles_of(height);
   return a;
 }
 

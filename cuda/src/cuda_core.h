@@ -61,8 +61,6 @@ struct Settings {
   }
 };
 
-template <class T> T* offset(T* p, int64_t n) { return p ? p + n : nullptr; }
-
 #if defined(__CUDACC__) || defined(SK_EMULATOR)
 // One projected Gaussian in a tile's shared memory.
 struct alignas(16) Record {

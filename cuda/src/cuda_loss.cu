@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(ROWS) mask_kernel(const float* mask, int64_t c
 // Sums of a block's numbers in a fixed order: thread 0 has them.
 __device__ double sum_of_block(double x) {
   __shared__ double warps[ROWS / 32];
-  for (int bit = 16; bit; bit >>= 1) x += __shfl_xor_sync(FULL, x, bit);
+  x = sum_of_warp(x);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
   double total = 0;
@@ -47,7 +47,29 @@ __device__ double sum_of_block(double x) {
   return total;
 }
 
-// Weighted sums of RUN neighbours each, down the columns of rows [HALO][SIDE].
+// Weighted sums of the numbers that `at` has at each place of a halo, RUN neighbours each, along its rows.
+template <int MAPS, class F> __device__ void along(float (&rows)[MAPS][HALO][SIDE], F&& at) {
+  for (int i = threadIdx.x; i < HALO * SIDE / RUN; i += ROWS) {
+    const int r = i / (SIDE / RUN), c = i % (SIDE / RUN) * RUN;
+    float sum[MAPS][RUN] = {};
+#pragma unroll
+    for (int j = 0; j < TAPS + RUN - 1; j++) {
+      float x[MAPS];
+      at(r, c + j, x);
+#pragma unroll
+      for (int k = 0; k < RUN; k++)
+        if (j - k >= 0 && j - k < TAPS) {
+          const float w = window(j - k - SSIM_RADIUS);
+#pragma unroll
+          for (int m = 0; m < MAPS; m++) sum[m][k] += w * x[m];
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < MAPS; m++) *(float4*)&rows[m][r][c] = make_float4(sum[m][0], sum[m][1], sum[m][2], sum[m][3]);
+  }
+}
+
+// And down the columns of what it made.
 template <int MAPS> __device__ void down(const float (&rows)[MAPS][HALO][SIDE], int column, int top, float (&out)[RUN][MAPS]) {
 #pragma unroll
   for (int j = 0; j < TAPS + RUN - 1; j++)
@@ -87,22 +109,10 @@ __global__ void __launch_bounds__(ROWS, 4) ssim_kernel(LossArgs a) {
       y[r][c] = there ? a.target[at] : 0;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < HALO * SIDE / RUN; i += ROWS) {
-      const int r = i / (SIDE / RUN), c = i % (SIDE / RUN) * RUN;
-      float sum[4][RUN] = {};
-#pragma unroll
-      for (int j = 0; j < TAPS + RUN - 1; j++) {
-        const float p = x[r][c + j], q = y[r][c + j], squares = p * p + q * q, product = p * q;
-#pragma unroll
-        for (int k = 0; k < RUN; k++)
-          if (j - k >= 0 && j - k < TAPS) {
-            const float w = window(j - k - SSIM_RADIUS);
-            sum[0][k] += w * p, sum[1][k] += w * q, sum[2][k] += w * squares, sum[3][k] += w * product;
-          }
-      }
-#pragma unroll
-      for (int k = 0; k < 4; k++) *(float4*)&rows[k][r][c] = make_float4(sum[k][0], sum[k][1], sum[k][2], sum[k][3]);
-    }
+    along<4>(rows, [&](int r, int c, float (&out)[4]) {
+      const float p = x[r][c], q = y[r][c];
+      out[0] = p, out[1] = q, out[2] = p * p + q * q, out[3] = p * q;
+    });
     __syncthreads();
     float mean[RUN][4] = {};
     down<4>(rows, column, top, mean);
@@ -154,21 +164,7 @@ __global__ void __launch_bounds__(ROWS) loss_vjp_kernel(LossArgs a) {
       for (int k = 0; k < 3; k++) in[k][r][c] = there ? from[k * plane] : 0;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < HALO * SIDE / RUN; i += ROWS) {
-      const int r = i / (SIDE / RUN), c = i % (SIDE / RUN) * RUN;
-      float sum[3][RUN] = {};
-#pragma unroll
-      for (int j = 0; j < TAPS + RUN - 1; j++)
-#pragma unroll
-        for (int m = 0; m < 3; m++) {
-          const float p = in[m][r][c + j];
-#pragma unroll
-          for (int k = 0; k < RUN; k++)
-            if (j - k >= 0 && j - k < TAPS) sum[m][k] += window(j - k - SSIM_RADIUS) * p;
-        }
-#pragma unroll
-      for (int m = 0; m < 3; m++) *(float4*)&rows[m][r][c] = make_float4(sum[m][0], sum[m][1], sum[m][2], sum[m][3]);
-    }
+    along<3>(rows, [&](int r, int c, float (&out)[3]) { out[0] = in[0][r][c], out[1] = in[1][r][c], out[2] = in[2][r][c]; });
     __syncthreads();
     float sum[RUN][3] = {};
     down<3>(rows, column, top, sum);

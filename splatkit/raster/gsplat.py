@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..camera import Cameras
-from ..scene import Scene
+from ..scene import Scene, unit_quats
 from .types import RasterSettings, RasterStats, RenderOutput
 
 # What its kernels hold as literals. The cap on alpha is 0.999 in 1.5.3 and 0.99 in 1.6; ours is taken for either.
@@ -85,7 +85,8 @@ def _draw_all_rows(rasterization: Callable, scene: Scene, cameras: Cameras, outp
     noted = stats is not None and torch.is_grad_enabled()
     # Colours alone may be trained, and the view still counts: gsplat's screen positions have a gradient where the means have one.
     means = scene.means.detach().requires_grad_() if noted and not scene.means.requires_grad else scene.means
-    geometry = {"means": means, "quats": _unit(scene.quats), "scales": scene.scales, "opacities": torch.sigmoid(scene.logit_opacities),
+    # Quaternions go in normalised: gsplat squares before it divides, and zero would be no rotation at all.
+    geometry = {"means": means, "quats": unit_quats(scene.quats), "scales": scene.scales, "opacities": torch.sigmoid(scene.logit_opacities),
                 "viewmats": cameras.world_to_cam, "Ks": cameras.K}
     fixed = {"width": cameras.width, "height": cameras.height, "near_plane": settings.near, "eps2d": settings.blur_px2, "packed": False,
              "rasterize_mode": "antialiased" if settings.antialias else "classic"}
@@ -104,13 +105,6 @@ def _draw_all_rows(rasterization: Callable, scene: Scene, cameras: Cameras, outp
         _note_backward(meta["means2d"], (values, alpha), stats, radii, _weights(rasterization, geometry, fixed), cameras)
     return RenderOutput(values[..., :3] if color else None, alpha[..., 0], values[..., -1] if depth else None, None, drawn_features,
                         radii > 0, radii)
-
-
-def _unit(quats: Float[Tensor, "N 4"]) -> Float[Tensor, "N 4"]:
-    """Normalised as Scene says: gsplat squares before it divides, and zero would be no rotation at all."""
-    largest = quats.detach().abs().amax(dim=1, keepdim=True)
-    unit = torch.where(largest > 0, quats / torch.where(largest > 0, largest, 1), torch.tensor([1, 0, 0, 0]).to(quats))
-    return torch.nn.functional.normalize(unit, dim=1)
 
 
 @torch.no_grad()

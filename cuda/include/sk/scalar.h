@@ -23,6 +23,9 @@ constexpr double LN2 = 0.69314718055994530942, LOG2E = 1.44269504088896340736;
 SK_FN constexpr double exponent_min(float) { return -125.0; }
 SK_FN constexpr double exponent_min(double) { return -1000.0; }
 
+// p + n, null where p is.
+template <class T> SK_FN T* offset(T* p, int64_t n) { return p ? p + n : nullptr; }
+
 // ---- scalars ----
 SK_FN bool less(float a, float b) { return a < b; }
 SK_FN bool less(double a, double b) { return a < b; }

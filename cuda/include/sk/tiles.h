@@ -11,6 +11,9 @@ constexpr double CULL_SLACK = 0.02;
 // The centre of a pixel column (or row), counted from the picture's centre as the records are.
 template <class T> SK_FN T from_centre(int pixel, int size) { return (T)(2 * pixel + 1 - size) * (T)0.5; }
 
+// How many tiles cover a side of the picture.
+SK_FN int32_t tiles_of(int32_t size) { return (size + SK_TILE - 1) / SK_TILE; }
+
 // The tiles of a box, x0 <= x < x1, y0 <= y < y1, and how sk_project hands them on: pictures have at most 32768 pixels a side, 2048 tiles.
 struct TileSpan {
   int32_t x0, x1, y0, y1;

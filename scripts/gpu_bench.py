@@ -4,13 +4,14 @@ gsplat gets what is best for it: activated values as leaves, packed both ways, o
 """
 import functools
 import statistics
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from splatkit.camera import Cameras, look_at
-from splatkit.density import neighbour_distance
+from splatkit.density import SH_CONSTANT, neighbour_distance
 from splatkit.metrics import l1_ssim, l1_ssim_and_gradient
 from splatkit.optim import Adam, default_learning_rates
 from splatkit.raster import record, render, splat_gradients
@@ -43,7 +44,7 @@ def dense(data: Path, n: int, width: int, height: int) -> tuple[Scene, list[Came
     shrink = (len(points) / n) ** (1 / 3) if n > len(points) else 1.0
     means = points[row] + (spacing[row, None] * torch.randn(n, 3, generator=g) * (0.5 if n > len(points) else 0))
     log_scales = (spacing[row] * shrink).log()[:, None] + 0.5 * torch.randn(n, 3, generator=g)
-    sh = torch.cat([((rgb - 0.5) / 0.28209479177387814)[:, None], 0.05 * torch.randn(len(points), 15, 3, generator=g)], dim=1)[row]
+    sh = torch.cat([((rgb - 0.5) / SH_CONSTANT)[:, None], 0.05 * torch.randn(len(points), 15, 3, generator=g)], dim=1)[row]
     scene = Scene(means, torch.randn(n, 4, generator=g), log_scales, torch.logit(0.01 + 0.98 * torch.rand(n, generator=g)), sh)
     views = [Cameras(poses[i:i + 1].clone(), Ks[i:i + 1].clone(), w, h).resized(width, height) for i in range(3)]
     return scene, views
@@ -62,7 +63,6 @@ def pixel_pair(channels: int, side: int = 256, n: int | None = None) -> tuple[Sc
 
 def clock(tasks: dict, rounds: int, repeats: int, device: str) -> dict:
     """Milliseconds of each task: {name: {ms, spread}}; median and half range over interleaved rounds of `repeats` calls, after two for warming up."""
-    import time
     measured = {name: [] for name in tasks}
     for k in range(rounds + 1):
         for name, task in tasks.items():

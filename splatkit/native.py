@@ -102,6 +102,8 @@ class Library:
     or ValueError names entry and parameter.
     """
 
+    device = "cpu"
+
     def __init__(self, path: Path, real: torch.dtype, device: str = "cpu"):
         self.path, self.real, self.device = path, real, device
         self._dll = ctypes.CDLL(str(path))

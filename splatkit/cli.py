@@ -5,6 +5,7 @@ A verb imports what it needs when it runs: torch costs seconds, and `splatkit --
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 import sys
@@ -49,7 +50,7 @@ def _help() -> str:
 
 
 def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
-    """Fit a scene to posed photos."""
+    """Fit a scene to photos or a film."""
     # The verb's defaults are those of --preset and --config in argv, so that flags only say what differs from them.
     unnamed = Path()
     default = config.Reconstruct(data=unnamed)
@@ -72,7 +73,7 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
         preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
         config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.yaml")] = None,
     ) -> int:
-        """Fit a scene to posed photos.
+        """Fit a scene to photos or a film.
 
         Args:
             preset: Start from configs/reconstruct/NAME.yaml: cpu or gpu (what runs when neither this nor --config is given, by the device), quick (a first look).
@@ -82,7 +83,7 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
 
         progress = Progress(settings.steps)
         try:
-            result = reconstruct(settings, progress)
+            result = reconstruct(settings, progress, progress.note)
         finally:
             progress.close()
         print(result or "no photo was held out; the scene is written")
@@ -140,7 +141,7 @@ def render(
     if scene.is_dir():
         if not (scene / "config.yaml").is_file():
             raise BadFile(scene, "config.yaml", "no such file; expected a run folder of `splatkit reconstruct` or a .ply")
-        settings, file = config.load_yaml(scene / "config.yaml", config.Reconstruct), scene / "scene.ply"
+        settings, file = dataclasses.replace(config.load_yaml(scene / "config.yaml", config.Reconstruct), output=scene), scene / "scene.ply"
     gaussians, header = io.load(file)
     if unknown := set(header.settings) - set(RasterSettings.__dataclass_fields__):
         raise BadFile(file, "header", f"must be drawn with {', '.join(sorted(unknown))}, which this version does not know")
@@ -223,6 +224,11 @@ class Progress:
             line = "\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1]
         print(line, end="" if self.redraws else "\n", file=self.stream, flush=True)
         self.drawn = True
+
+    def note(self, line: str) -> None:
+        """Prints a line of its own."""
+        self.close()
+        print(line, file=self.stream, flush=True)
 
     def close(self) -> None:
         """Ends the line, so that what is printed next stands below it."""

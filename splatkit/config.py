@@ -130,11 +130,29 @@ class AdamWGS:
 
 
 @dataclass(frozen=True)
+class SfM:
+    """How photos without poses, or the frames of a film, get theirs: structure from motion by COLMAP (the extra `sfm`)."""
+
+    matcher: Literal["auto", "exhaustive", "sequential"] = "auto"
+    """Which photos are compared: each with every other, or with those next to it by name; auto is sequential for a film and for more than 120 photos."""
+    mapper: Literal["auto", "incremental", "global"] = "auto"
+    """Photo after photo, or all at once; auto begins with incremental and goes on, with lower thresholds and then global, while photos are left over."""
+    max_side: int = 1600
+    """Features are looked for in photos made smaller to this many pixels on the longer side."""
+    frames: int = 60
+    """About how many frames of a film are taken: the sharpest of so many equal stretches."""
+
+    def __post_init__(self):
+        _require(self, "at least 200", max_side=self.max_side >= 200)
+        _require(self, "at least 3", frames=self.frames >= 3)
+
+
+@dataclass(frozen=True)
 class Reconstruct:
-    """Fit a scene to posed photos."""
+    """Fit a scene to photos or a film."""
 
     data: Positional[Annotated[Path, arg(metavar="DATA")]]
-    """Folder with the photos and their poses."""
+    """Folder with photos and their poses (COLMAP or transforms.json), or with photos alone, or a film."""
     output: Annotated[Path, arg(aliases=["-o"], metavar="RUN")] = Path("runs/scene")
     """Run folder: config, metrics, checkpoint, scene.ply, eval/."""
     steps: int = 30_000
@@ -146,7 +164,7 @@ class Reconstruct:
     max_gaussians: int = 1_000_000
     """The scene grows up to this many Gaussians."""
     downscale: float = 1
-    """Photos are area-averaged to 1/downscale of their size."""
+    """Photos are area-averaged to 1/downscale of their size; at 2, 4 or 8 the folder images_2, images_4 or images_8 is read where there is one."""
     max_side: int = 0
     """Photos whose longer side is above this many pixels are made smaller still; 0 leaves them."""
     hold_every: int = 8
@@ -183,6 +201,7 @@ class Reconstruct:
     mcmc: MCMC = field(default_factory=MCMC)
     adc: ADC = field(default_factory=ADC)
     adamw: AdamWGS = field(default_factory=AdamWGS)
+    sfm: SfM = field(default_factory=SfM)
 
     def __post_init__(self):
         _require(self, "1 or more", steps=self.steps >= 1, save_every=self.save_every >= 1, sh_every=self.sh_every >= 1, max_gaussians=self.max_gaussians >= 1)

@@ -1,6 +1,7 @@
 """What runs on this machine, what does not, why, and what to do about it: the text of `splatkit doctor`."""
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -11,6 +12,10 @@ import torch
 
 from . import __version__, native
 from .raster import backends
+
+EXTRAS = {      # the package that each of them brings, and what for
+    "sfm": ("pycolmap", "poses for bare photos"), "video": ("av", "films in and out"), "heic": ("pillow_heif", "HEIC photos"),
+}
 
 
 def report() -> list[str]:
@@ -28,11 +33,17 @@ def report() -> list[str]:
         *(f"  {name:<9}  {_indent(reason or 'ok')}" for name, reason in native.available().items()),
         "backends",
         *(f"  {name:<9}  {_indent(reason or runs.get(name, 'runs'))}" for name, reason in backends().items()),
+        "optional parts",
+        *(f"  {extra:<9}  {what}: {_installed(extra, package)}" for extra, (package, what) in EXTRAS.items()),
     ]
     if not can_render():
         lines += ["Nothing here renders at a useful speed.",
                   "Put g++ or clang++ on PATH (Debian: apt install g++), then install splatkit again."]
     return lines
+
+
+def _installed(extra: str, package: str) -> str:
+    return "ok" if importlib.util.find_spec(package) else f"not installed; pip install 'splatkit[{extra}]'"
 
 
 def _card() -> str:

@@ -16,7 +16,7 @@ from .camera import Cameras, look_at
 from .config import Reconstruct
 from .errors import BadFile
 from .io.atomic import replacing
-from .io.photos import load_capture
+from .io.source import load_source
 from .io.reading import read_bytes
 from .scene import Scene, quat_from_matrix, quat_multiply, rotation_matrices
 
@@ -170,8 +170,9 @@ def photo_cameras(config: Reconstruct) -> Cameras:
 
     Raises BadFile when the photos or their poses are not there.
     """
-    photos = load_capture(config.data).photos
-    size = photos[0].size_at(config.downscale, min(config.max_side or SIDE_MAX, SIDE_MAX))
+    capture, downscale = load_source(config.data, config.output, config.downscale)
+    photos = capture.photos
+    size = photos[0].size_at(downscale, min(config.max_side or SIDE_MAX, SIDE_MAX))
     return Cameras.cat([framed(photo.camera(), *size) for photo in photos])
 
 

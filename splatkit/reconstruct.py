@@ -27,11 +27,14 @@ from .fit import Fit
 from .growth import KINDS
 from .io import checkpoint
 from .io.atomic import replacing
-from .io.photos import load_capture, load_image, load_mask
+from .io.photos import load_image, load_mask
+from .io.reading import Report, silent
+from .io.source import is_bare, load_source
 from .metrics import psnr, ssim
 from .optim import exponential_decay
 from .raster import RasterSettings, backends, render
 from .scene import Scene
+from .sfm import pose
 
 PHOTO_CACHE_BYTES = 2 << 30
 SKIPS_MAX = 10      # steps without a finite gradient in a row, at which a run stops
@@ -80,16 +83,21 @@ class Views:
         return None if kept is None else torch.from_numpy(kept).to(self.device)
 
 
-def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **k: None) -> Evaluation | None:
-    """Fits a scene to the photos of `config.data` and writes the run folder: config.yaml, metrics.jsonl, checkpoint/, scene.ply, eval/.
+def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **k: None, say: Report = silent) -> Evaluation | None:
+    """Fits a scene to the photos of `config.data` and writes the run folder: config.yaml, metrics.jsonl, checkpoint/, scene.ply, eval/;
+    for photos without poses and films also sfm/, with the poses (sfm.pose).
 
-    The scene lives in the world of the photos' poses. `report(step, gaussians, **numbers)` is called every hundred steps. On Ctrl-C the
-    scene so far is written before KeyboardInterrupt goes on. Returns the evaluation, None when no photo is held out.
+    The scene lives in the world of the photos' poses. `report(step, gaussians, **numbers)` is called every hundred steps, `say(line)` for
+    what the user should know about the photos. On Ctrl-C the scene so far is written before KeyboardInterrupt goes on. Returns the
+    evaluation, None when no photo is held out.
 
     Raises BadFile for what is wrong with the photos or poses or where another process works in the run folder, BadConfig where a
     checkpoint to resume was made with other settings, BackendUnavailable where only the slow reference could draw.
     """
-    views = Views(load_capture(config.data), config.downscale, config.max_side, _device(config))
+    device = _device(config)        # before anything that takes long
+    if is_bare(config.data):
+        pose(config.data, config.output, config.sfm, say, keep=config.resume and (config.output / "checkpoint").is_dir())
+    views = _views(config, device, say)
     train, held = views.capture.split(config.hold_every)
     if not train:
         raise BadFile(config.data, "", f"{len(held)} photos and all are held out; add photos or set --hold-every 0")
@@ -100,6 +108,11 @@ def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **
     with checkpoint.lock(run):
         scene = _fit(views, train, config, report)
         return _evaluate(views, held, scene, config, run / "eval") if held else None
+
+
+def _views(config: Reconstruct, device: str, say: Report = silent) -> Views:
+    capture, downscale = load_source(config.data, config.output, config.downscale, say)
+    return Views(capture, downscale, config.max_side, device)
 
 
 def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[..., None]) -> Scene:
@@ -195,8 +208,8 @@ def evaluate(run: Path) -> Evaluation:
     """
     if not (run / "config.yaml").is_file():
         raise BadFile(run, "config.yaml", "no such file; expected a run folder of `splatkit reconstruct`")
-    config = configs.load_yaml(run / "config.yaml", Reconstruct)
-    views = Views(load_capture(config.data), config.downscale, config.max_side, _device(config))
+    config = dataclasses.replace(configs.load_yaml(run / "config.yaml", Reconstruct), output=run)
+    views = _views(config, _device(config))
     _, held = views.capture.split(config.hold_every)
     if not held:
         raise BadFile(run, "config.yaml", "hold_every is 0: the run held out no photo to evaluate on")

@@ -26,7 +26,7 @@ def reconstructed(monkeypatch):
     """The configs that the reconstruct verb was called with."""
     configs = []
     stub = type(sys)("splatkit.reconstruct")
-    stub.reconstruct = lambda settings, callback: configs.append(settings)
+    stub.reconstruct = lambda settings, progress, note: configs.append(settings)
     monkeypatch.setitem(sys.modules, "splatkit.reconstruct", stub)
     return configs
 
@@ -48,7 +48,7 @@ def test_a_saved_config_is_enough_to_repeat_a_run(reconstructed, tmp_path):
 
 @pytest.mark.parametrize("error", [BadConfig("what\n why"), ValueError("what why"), TypeError("what why"), FileNotFoundError("what why")])
 def test_wrong_input_is_one_line_and_exit_code_2(error, reconstructed, monkeypatch, capsys):
-    def fail(settings, callback):
+    def fail(settings, progress, note):
         raise error
     monkeypatch.setattr(sys.modules["splatkit.reconstruct"], "reconstruct", fail)
     monkeypatch.delenv("SPLATKIT_DEBUG", raising=False)
@@ -60,7 +60,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(error, reconstructed, monkeypat
 
 
 def test_ctrl_c_is_exit_code_130(reconstructed, monkeypatch, capsys):
-    def stop(settings, callback):
+    def stop(settings, progress, note):
         raise KeyboardInterrupt
     monkeypatch.setattr(sys.modules["splatkit.reconstruct"], "reconstruct", stop)
     assert main(["reconstruct", "photos"]) == 130
@@ -83,7 +83,7 @@ def test_doctor_names_every_library_and_backend(capsys):
     assert main(["doctor"]) in (0, 1)
     lines = capsys.readouterr().out.splitlines()
     first_words = {line.split()[0] for line in lines}
-    assert first_words >= {"splatkit", "python", "torch", "processor", "compilers", *native.NAMES, "reference", "cpu", "cuda", "gsplat"}
+    assert first_words >= {"splatkit", "python", "torch", "processor", "compilers", *native.NAMES, "reference", "cpu", "cuda", "gsplat", "sfm", "video", "heic"}
 
 
 def test_progress_prints_a_line_about_every_five_seconds_into_a_file():

@@ -18,7 +18,7 @@ FLOORS = [      # imports point down or stay on their floor
     {"optim", "adc", "density", "metrics", "exposure", "rooms", "paths", "film"},
     {"growth"},
     {"fit"},
-    {"reconstruct", "sfm"},
+    {"reconstruct", "sfm", "sfm_worker"},
     {"lift"},
     {"distill"},
     {"serve", "doctor"},

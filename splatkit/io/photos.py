@@ -4,9 +4,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Bool, Float, Num
@@ -28,30 +29,34 @@ PIXELS_MAX = 200_000_000
 # Pillow's Image.open would reach 40 decoders, and its limit on pixels is a global of the process. These are called directly.
 _DECODERS = ((b"\xff\xd8\xff", JpegImageFile), (b"\x89PNG\r\n\x1a\n", PngImageFile), (b"RIFF", WebPImageFile),
              (b"II*\0", TiffImageFile), (b"MM\0*", TiffImageFile))
+_HEIF = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))     # bytes 4 to 11; AVIF has others
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr"}
 _TURN = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 _UNTURN = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
 
 
-def load_capture(folder: str | os.PathLike, report: Report = silent) -> Capture:
+def load_capture(folder: str | os.PathLike, report: Report = silent, images: str | os.PathLike = "images", shrunk: int | None = None) -> Capture:
     """The photos of `folder`/images that a COLMAP model in `folder` has posed, sorted by name, with its points. A folder without a model
     but with a transforms.json or transforms_train.json is read by io.transforms.load_transforms instead.
 
+    `images` names another folder for the photos, in `folder` or anywhere; where `shrunk` is given they must be 1/shrunk of the size of
+    their cameras, rounded up or down. Masks lie in the folder `masks` beside `images`, `masks_2` beside `images_2`.
+
     Only the headers of the photos are read. Where a photo has another size than its camera but the same shape (within a pixel), K is
     scaled by the exact ratios and `report` is told, as it is of lens distortion: such a photo has the K and the size of its undistorted
-    picture. Raises BadFile naming the file: no model or photo, a photo that is no JPEG, PNG, WebP or TIFF or lies outside of images/, a
-    pose, focal length or lens that cannot be used.
+    picture. Raises BadFile naming the file: no model or photo, a photo that is no JPEG, PNG, WebP, TIFF or HEIC or lies outside of images/,
+    a pose, focal length or lens that cannot be used.
     """
     folder = Path(folder)
-    model_folder = next((folder / name for name in MODEL_FOLDERS if colmap.find_model(folder / name)), None)
+    model_folder = find_model_folder(folder)
     if model_folder is None:
         # Imported here, for that page checks its photos with this one.
         from .transforms import FILES, find_transforms, load_transforms
         if find_transforms(folder):
             return load_transforms(folder, report)
         raise BadFile(folder, "", f"no COLMAP model: no cameras.bin or cameras.txt in {', '.join(MODEL_FOLDERS)}; no {' or '.join(FILES)}")
-    root = folder / "images"
+    root = folder / images
     if not os.path.isdir(root):
         raise BadFile(root, "", "no such folder; the photos are expected there")
     if os.path.exists(folder / "transforms.json"):
@@ -64,11 +69,16 @@ def load_capture(folder: str | os.PathLike, report: Report = silent) -> Capture:
     keys = sorted(model.images, key=lambda key: model.images[key].name)
     notes: Counter[str] = Counter()
     cameras_path = model_folder / f"cameras{colmap.find_model(model_folder)}"
-    photos = tuple(_photo(model.images[key], model.cameras[model.images[key].camera_id], cameras_path, root, notes) for key in keys)
+    photos = tuple(_photo(model.images[key], model.cameras[model.images[key].camera_id], cameras_path, root, shrunk, notes) for key in keys)
     _refuse_same_file_twice(photos)
     for note, count in notes.items():
         report(f"{folder}: {count} of {len(photos)} photos {note}")
     return Capture(photos, model.points, model.points_rgb, _point_views(model, keys), world="colmap")
+
+
+def find_model_folder(folder: Path) -> Path | None:
+    """Where in `folder` a COLMAP model lies."""
+    return next((folder / name for name in MODEL_FOLDERS if colmap.find_model(folder / name)), None)
 
 
 def half_size(photo: Photo, factor: int = 2) -> Photo:
@@ -168,7 +178,7 @@ def _resized(photo: Photo, width: int, height: int) -> Photo:
     return dataclasses.replace(photo, K=photo.K * ratio, width=width, height=height)
 
 
-def _photo(image: colmap.ColmapImage, camera: colmap.ColmapCamera, cameras_path: Path, root: Path, notes: Counter[str]) -> Photo:
+def _photo(image: colmap.ColmapImage, camera: colmap.ColmapCamera, cameras_path: Path, root: Path, shrunk: int | None, notes: Counter[str]) -> Photo:
     where = f"camera {image.camera_id} ({camera.model})"
     if not camera.is_pinhole and camera.model not in lens.MODELS:
         bent = ", ".join(f"{name}={value:g}" for name, value in camera.distortion.items() if value)
@@ -179,10 +189,13 @@ def _photo(image: colmap.ColmapImage, camera: colmap.ColmapCamera, cameras_path:
         raise BadFile(cameras_path, where, f"{params}: the focal lengths must be above 0 and all below 1e9 pixels")
     K = np.array([[fx, 0, params["cx"]], [0, fy, params["cy"]], [0, 0, 1.0]])
     photo = fitted(Photo(image.name, _inside(root, image.name), K, camera.width, camera.height, _world_to_cam(image)), where, notes)
-    mask = _inside(root.parent / "masks", image.name + ".png")      # where COLMAP looks for it
+    if shrunk and max(abs(photo.width - camera.width / shrunk), abs(photo.height - camera.height / shrunk)) >= 1:
+        raise BadFile(photo.path, "", f"is {photo.width}x{photo.height}; expected 1/{shrunk} of {where}, {camera.width}x{camera.height}. Without the folder "
+                      f"{root.name} the photos are made smaller from those in images")
+    mask = _inside(root.parent / root.name.replace("images", "masks", 1), image.name + ".png") if root.name.startswith("images") else None
     if camera.is_pinhole:
-        return dataclasses.replace(photo, mask=mask) if mask.is_file() else photo
-    if mask.is_file():
+        return dataclasses.replace(photo, mask=mask) if mask and mask.is_file() else photo
+    if mask and mask.is_file():
         raise BadFile(mask, "", "a mask of a photo with lens distortion cannot be used: undistort both first")
     return undistorted(photo, camera.model, camera.distortion, cameras_path, where, notes)
 
@@ -244,10 +257,7 @@ def _refuse_same_file_twice(photos: tuple[Photo, ...]) -> None:
 def _photo_file(path: Path) -> Iterator[Image.Image]:
     """The picture, opened but not decoded. BadFile for a missing file, a format off the list, over 200 megapixels, any decoding error."""
     with opened(path) as file:
-        magic = file.read(12)
-        decoder = next((d for start, d in _DECODERS if magic.startswith(start) and (start != b"RIFF" or magic[8:] == b"WEBP")), None)
-        if decoder is None:
-            raise BadFile(path, "", "not a JPEG, PNG, WebP or TIFF picture" if magic else "the file is empty")
+        decoder = _decoder(path, file.read(12))
         file.seek(0)
         try:
             with decoder(file) as image:
@@ -259,6 +269,19 @@ def _photo_file(path: Path) -> Iterator[Image.Image]:
             raise
         except Exception as e:      # on damaged bytes Pillow's decoders raise about any type
             raise BadFile(path, "", f"the picture is cut or damaged: {e}"[:300]) from e
+
+
+def _decoder(path: Path, magic: bytes) -> Callable[[BinaryIO], Image.Image]:
+    """What decodes a file that begins with `magic`."""
+    decoder = next((d for start, d in _DECODERS if magic.startswith(start) and (start != b"RIFF" or magic[8:] == b"WEBP")), None)
+    if decoder is None and magic[4:] in _HEIF:
+        try:
+            from pillow_heif import HeifImageFile as decoder
+        except ImportError as e:
+            raise BadFile(path, "", "is a HEIC picture, which needs the extra `heic`: pip install 'splatkit[heic]'") from e
+    if decoder is None:
+        raise BadFile(path, "", "not a JPEG, PNG, WebP, TIFF or HEIC picture" if magic else "the file is empty")
+    return decoder
 
 
 def _stored(image: Image.Image) -> tuple[tuple[int, int], int]:

@@ -35,6 +35,8 @@ class Photo:
     height: int
     world_to_cam: Float[Array, "4 4"]           # OpenCV axes
     mask: Path | None = None                    # 8-bit image of the photo's size; 0 = pixel is ignored
+    depth: Path | None = None                   # 16-bit picture of camera z in the photo's shape; 0 = not known
+    depth_unit: float = 1e-3                    # world units of one of its steps
     exposure_group: int = 0
     lens: Lens | None = None                    # the stored pixels came through it; K, width and height are of the ideal picture
 
@@ -65,6 +67,18 @@ class Capture:
         """Indices of (training, held-out) photos: 0, every, 2 every, ... by name are held out; every = 0 holds out none."""
         held = [i for i in range(len(self.photos)) if every and i % every == 0]
         return [i for i in range(len(self.photos)) if i not in set(held)], held
+
+    def sparse_depth(self, photo: int, camera: Cameras) -> Float[torch.Tensor, "H W"]:
+        """Depth of the points that `photo` observes in the pixels of `camera` where they are, 0 elsewhere; the nearest where several are."""
+        seen = np.array([i for i, views in enumerate(self.point_views) if photo in views], np.int64)
+        xyz = torch.from_numpy(self.points[seen]).double()
+        pose, K = camera.world_to_cam[0].double().cpu(), camera.K[0].double().cpu()
+        x, y, z = (K @ (pose[:3, :3] @ xyz.T + pose[:3, 3:])).float()
+        column, row = (x / z).floor(), (y / z).floor()
+        inside = (z > 0) & (column >= 0) & (column < camera.width) & (row >= 0) & (row < camera.height)
+        depth = torch.full((camera.height * camera.width,), torch.inf)
+        depth.scatter_reduce_(0, (row[inside] * camera.width + column[inside]).long(), z[inside], "amin")
+        return torch.where(depth.isfinite(), depth, 0).view(camera.height, camera.width).to(camera.device)
 
 
 @dataclass(frozen=True)

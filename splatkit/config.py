@@ -130,6 +130,32 @@ class AdamWGS:
 
 
 @dataclass(frozen=True)
+class Refine:
+    """Cameras that are fitted beside the scene. The first photo's pose and the size of the whole are held; held-out photos keep theirs."""
+
+    poses: bool = False
+    """Fit the pose of each photo that trains."""
+    focal: bool = False
+    """Fit the focal length of each camera: one factor for all photos that share it."""
+    pose_lr: float = 1e-3
+    """Step size of poses at the first step: radians, and shares of the scene's extent; log-linear down to a hundredth at the last."""
+    focal_lr: float = 1e-3
+    """Step size of the focal lengths' logarithms at the first step; falls likewise."""
+    start: float = 0.1
+    """Share of the steps from which cameras are fitted: before it, the scene knows less than they."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Supervision by depth: the loss gets weight x extent x mean |1/rendered - 1/given|."""
+
+    source: Literal["none", "points", "sensor"] = "none"
+    """Where the depth comes from: the sparse points that each photo sees, or the photos' depth pictures (depth_file_path of transforms.json)."""
+    weight: float = 0.05
+    """Of the depth in the loss, at the first step; log-linear down to a hundredth at the last, where the photos know better."""
+
+
+@dataclass(frozen=True)
 class SfM:
     """How photos without poses, or the frames of a film, get theirs: structure from motion by COLMAP (the extra `sfm`)."""
 
@@ -201,6 +227,8 @@ class Reconstruct:
     mcmc: MCMC = field(default_factory=MCMC)
     adc: ADC = field(default_factory=ADC)
     adamw: AdamWGS = field(default_factory=AdamWGS)
+    refine: Refine = field(default_factory=Refine)
+    depth: Depth = field(default_factory=Depth)
     sfm: SfM = field(default_factory=SfM)
 
     def __post_init__(self):

@@ -1,10 +1,12 @@
 """What the steps of a run change, and one step of it: picture, loss, gradients, optimiser."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .camera import Cameras
@@ -12,89 +14,138 @@ from .config import Reconstruct
 from .exposure import Exposures
 from .growth import Fixed
 from .io import checkpoint
-from .metrics import l1_ssim
-from .optim import Adam, AttributeDecay, StateDecay, sh_learning_rates
+from .io.depth import nearest_known
+from .metrics import inverse_depth_l1, l1_ssim
+from .optim import Adam, AttributeDecay, StateDecay, exponential_decay, sh_learning_rates
+from .poses import Poses
 from .raster import RasterSettings, record, render, splat_gradients
 from .scene import Scene
 
 
+@dataclass(frozen=True)
+class View:
+    """What a step learns from: photo number `place` of those that train, its camera, which pixels count and what depth they have."""
+
+    place: int
+    camera: Cameras
+    photo: Float[Tensor, "H W 3"]
+    mask: Bool[Tensor, "H W"] | None = None
+    depth: Float[Tensor, "H W"] | None = None       # 0 where it is not known
+
+    def halved(self) -> View:
+        """At half the size; pictures below 64 pixels a side stay."""
+        w, h = self.camera.width // 2, self.camera.height // 2
+        if min(w, h) < 32:
+            return self
+        half = lambda x: torch.nn.functional.interpolate(x.permute(2, 0, 1)[None], (h, w), mode="area")[0].permute(1, 2, 0).contiguous()
+        mask = None if self.mask is None else half(self.mask.float()[..., None])[..., 0] > 1 - 1e-4
+        return View(self.place, self.camera.resized(w, h), half(self.photo), mask, None if self.depth is None else nearest_known(self.depth, w, h))
+
+
 @dataclass
 class Fit:
-    """Everything that the steps of a run change."""
+    """Everything that the steps of a run change. `extent` is the radius of the cameras in world units."""
 
     config: Reconstruct
+    extent: float
     scene: Scene
     adam: Adam
     growth: Fixed
     exposures: Exposures | None
+    poses: Poses | None
     order: torch.Generator      # shuffles the photos
     queue: list[int]            # those still to come in this round
     step: int = 0
 
     def save(self, folder: Path, values: dict) -> None:
         parts = {"scene": self.scene.detach().fields(), "adam": self.adam.state_dict(), "growth": self.growth.state_dict(),
-                 "exposures": self.exposures.state_dict() if self.exposures else {},
+                 "exposures": self.exposures.state_dict() if self.exposures else {}, "poses": self.poses.state_dict() if self.poses else {},
                  "order": {"generator": self.order.get_state(), "queue": torch.tensor(self.queue, dtype=torch.int64)}}
         folder.mkdir(exist_ok=True)
         checkpoint.save(folder, self.step, {f"{part}.{name}": x.cpu() for part, state in parts.items() for name, x in state.items()}, values)
 
     @staticmethod
-    def first(scene: Scene, growth: Fixed, config: Reconstruct, extent: float, photos: int) -> Fit:
-        exposures = Exposures(photos, config.exposure_lr, scene.device) if config.exposure else None
-        return Fit(config, scene, _optimiser(scene, config, extent), growth, exposures, torch.Generator().manual_seed(config.seed), [])
+    def first(scene: Scene, growth: Fixed, config: Reconstruct, cameras: Sequence[Cameras]) -> Fit:
+        """The state before the first step; `cameras` are those of the photos that train, in order."""
+        exposures = Exposures(len(cameras), config.exposure_lr, scene.device) if config.exposure else None
+        refine = config.refine
+        poses = Poses(cameras, growth.extent, refine.pose_lr * refine.poses, refine.focal_lr * refine.focal) if refine.poses or refine.focal else None
+        return Fit(config, growth.extent, scene, _optimiser(scene, config, growth.extent), growth, exposures, poses, torch.Generator().manual_seed(config.seed), [])
 
     @staticmethod
-    def resumed(saved: checkpoint.Checkpoint, growth: Fixed, config: Reconstruct, extent: float, photos: int) -> Fit:
+    def resumed(saved: checkpoint.Checkpoint, growth: Fixed, config: Reconstruct, cameras: Sequence[Cameras]) -> Fit:
         part = lambda name: {k.removeprefix(name): x for k, x in saved.tensors.items() if k.startswith(name)}
-        fit = Fit.first(Scene(**part("scene.")).to(growth.device), growth, config, extent, photos)
+        fit = Fit.first(Scene(**part("scene.")).to(growth.device), growth, config, cameras)
         fit.adam.load_state_dict(part("adam."))
         fit.growth.load_state_dict(part("growth."))
         if fit.exposures:
             fit.exposures.load_state_dict(part("exposures."))
+        if fit.poses:
+            fit.poses.load_state_dict(part("poses."))
         fit.order.set_state(saved.tensors["order.generator"])
         fit.queue, fit.step = saved.tensors["order.queue"].tolist(), saved.step
         return fit
 
-    def step_on(self, camera: Cameras, photo: Tensor, mask: Tensor | None, place: int, background: Tensor, sh_degree: int, settings: RasterSettings,
-                rate: float) -> tuple[Tensor, Tensor, list[str]]:
-        """One step of the optimiser on photo number `place`, `rate` being that of the means.
+    def step_on(self, view: View, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float) -> tuple[Tensor, Tensor, list[str]]:
+        """One step of the optimiser on a photo, `rate` being that of the means.
 
-        Returns the loss and the picture before the step, and the fields whose gradient was not finite: then no step was taken.
+        Returns the photometric loss and the picture before the step, and the fields whose gradient was not finite: then no step was taken.
         """
         go = self._by_recorded_picture if records(self.scene, self.config) else self._by_autograd
-        return go(camera, photo, mask, place, background, sh_degree, settings, rate)
+        return go(view, background, sh_degree, settings, rate)
 
-    def _loss(self, color: Tensor, photo: Tensor, mask: Tensor | None, place: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(self, color: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor]:
         """The photometric loss of a picture, its gradient by that, and the picture as this photo's exposure has it."""
         with torch.enable_grad():
             color = color.detach().requires_grad_()
-            seen = self.exposures.apply(color, place) if self.exposures else color
-            loss = l1_ssim(seen, photo, self.config.ssim_weight, mask)
+            seen = self.exposures.apply(color, view.place) if self.exposures else color
+            loss = l1_ssim(seen, view.photo, self.config.ssim_weight, view.mask)
             v_color, *v_exposure = torch.autograd.grad(loss, [color, *(self.exposures.parameters if self.exposures else ())])
         if self.exposures:
             self.exposures.step(v_exposure)
         return loss.detach(), v_color, seen.detach()
 
-    def _by_recorded_picture(self, camera, photo, mask, place, background, sh_degree, settings, rate):
+    def _depth_gradient(self, depth: Tensor, view: View) -> Tensor:
+        with torch.enable_grad():
+            depth = depth.detach().requires_grad_()
+            weight = self.config.depth.weight * self._falling() * self.extent
+            return torch.autograd.grad(weight * inverse_depth_l1(depth, view.depth, view.mask), depth)[0]
+
+    def _falling(self) -> float:
+        """From 1 at the first step to a hundredth at the last."""
+        return exponential_decay(self.step, self.config.steps, 1.0, 0.01)
+
+    def _by_recorded_picture(self, view, background, sh_degree, settings, rate):
         """On a card. What is not finite is judged by the loss alone, and only where it is looked at anyway, every hundred steps: a look waits for the card."""
         scene = self.scene.detach()
-        picture = record(scene, camera, background, sh_degree, settings)
-        loss, v_color, seen = self._loss(picture.color, photo, mask, place)
+        picture = record(scene, view.camera, background, sh_degree, settings)
+        loss, v_color, seen = self._loss(picture.color, view)
         self.adam.step_recorded(scene, picture, splat_gradients(picture, v_color, self.growth.stats), self.config.adamw.sparse, {"means": rate},
                                 self.growth.displacement(scene, rate), self.growth.pulls(scene))
         return loss, seen, ["the loss"] if self.step % 100 == 99 and not bool(torch.isfinite(loss)) else []
 
-    def _by_autograd(self, camera, photo, mask, place, background, sh_degree, settings, rate):
-        """The same by any backend, judged by the gradients."""
-        scene = self.scene.requires_grad_()
-        out = render(scene, camera, background=background, sh_degree=sh_degree, settings=settings, stats=self.growth.stats, backend=self.config.backend)
-        loss, v_color, seen = self._loss(out.color[0], photo, mask, place)
-        grads = dict(zip(scene.fields(), torch.autograd.grad(out.color, list(scene.fields().values()), v_color[None])))
+    def _by_autograd(self, view, background, sh_degree, settings, rate):
+        """The same by any backend, judged by the gradients; with refined cameras and depth."""
+        scene, camera = self.scene.requires_grad_(), view.camera
+        if self.poses:
+            camera = self.poses.camera(camera, view.place)
+        moving = self.poses is not None and self.step >= self.config.refine.start * self.config.steps
+        out = render(scene, camera, outputs=("color",) if view.depth is None else ("color", "expected_depth"), background=background, sh_degree=sh_degree,
+                     settings=settings, stats=self.growth.stats, backend=self.config.backend)
+        loss, v_color, seen = self._loss(out.color[0], view)
+        results, v_results = [out.color], [v_color[None]]
+        if view.depth is not None:
+            results, v_results = [*results, out.expected_depth], [*v_results, self._depth_gradient(out.expected_depth[0], view)[None]]
+        wanted = [*scene.fields().values(), *((camera.world_to_cam, camera.K) if moving else ())]
+        values = torch.autograd.grad(results, wanted, v_results)
+        grads = dict(zip(scene.fields(), values))
         scene = scene.detach()
         if bad := [name for name, g in grads.items() if not bool(torch.isfinite(g.sum()))]:
             for x in vars(self.growth.stats).values() if self.growth.stats else ():
                 x.nan_to_num_(0, 0, 0)
             return loss, seen, bad
+        if moving:
+            self.poses.step(view.place, camera, *values[-2:], self._falling())
         self.growth.regularise(grads, scene)
         self.adam.step(scene, grads, out.visible[0] if self.config.adamw.sparse else None, camera.width * camera.height, learning_rates={"means": rate},
                        displacement=self.growth.displacement(scene, rate))
@@ -102,8 +153,9 @@ class Fit:
 
 
 def records(scene: Scene, config: Reconstruct) -> bool:
-    """Whether steps go back through the recorded picture, which stores no gradient of the scene: by the CUDA library."""
-    return scene.means.is_cuda and config.backend in ("auto", "cuda")
+    """Whether steps go back through the recorded picture, which stores no gradient of the scene: by the CUDA library, of colour alone."""
+    colour_alone = not (config.refine.poses or config.refine.focal) and config.depth.source == "none"
+    return scene.means.is_cuda and config.backend in ("auto", "cuda") and colour_alone
 
 
 def _optimiser(scene: Scene, config: Reconstruct, extent: float) -> Adam:

@@ -79,6 +79,14 @@ def l1_ssim_reference(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 
     return per_pixel.where(inside, 0).sum() / (3 * inside.sum()).clamp(min=1)
 
 
+def inverse_depth_l1(depth: Float[Tensor, "H W"], target: Float[Tensor, "H W"], mask: Shaped[Tensor, "H W"] | None = None) -> Float[Tensor, ""]:
+    """Mean |1/depth - 1/target| over pixels where both are above 0 and mask != 0, per world unit; 0 where there is none. Inverse, so that
+    far surfaces, whose depth is known least, count least."""
+    both = (depth > 0) & (target > 0) if mask is None else (depth > 0) & (target > 0) & (mask != 0)
+    inverse = lambda x: 1 / torch.where(both, x, 1)
+    return (inverse(depth) - inverse(target)).abs().sum() / both.sum().clamp(min=1)
+
+
 def _check(image: Tensor, target: Tensor, mask: Tensor | None) -> None:
     if image.shape != target.shape or image.ndim != 3 or image.shape[2] != 3 or image.numel() == 0:
         raise ValueError(f"image is {tuple(image.shape)} and target {tuple(target.shape)}; expected the same [H, W, 3] with H, W > 0")

@@ -20,18 +20,20 @@ from . import io
 from .camera import Cameras
 from .capture import Capture, Photo, SceneHeader
 from .config import Reconstruct
-from .density import from_points
 from .errors import BackendUnavailable, BadConfig, BadFile, Diverged
 from .film import color_picture
-from .fit import Fit
+from .fit import Fit, View
 from .growth import KINDS
+from .initial import first_scene
 from .io import checkpoint
 from .io.atomic import replacing
+from .io.depth import load_depth
 from .io.photos import load_image, load_mask
 from .io.reading import Report, silent
 from .io.source import is_bare, load_source
 from .metrics import psnr, ssim
 from .optim import exponential_decay
+from .paths import estimate_up
 from .raster import RasterSettings, backends, render
 from .scene import Scene
 from .sfm import pose
@@ -82,6 +84,13 @@ class Views:
         kept = load_mask(photo, *self.size(photo))
         return None if kept is None else torch.from_numpy(kept).to(self.device)
 
+    def depth(self, i: int, source: str) -> Tensor | None:
+        """What `source` of config.Depth knows of its depth."""
+        if source == "points":
+            return self.capture.sparse_depth(i, self.camera(i))
+        depth = load_depth(self.capture.photos[i], *self.size(self.capture.photos[i])) if source == "sensor" else None
+        return None if depth is None else torch.from_numpy(depth).to(self.device)
+
 
 def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **k: None, say: Report = silent) -> Evaluation | None:
     """Fits a scene to the photos of `config.data` and writes the run folder: config.yaml, metrics.jsonl, checkpoint/, scene.ply, eval/;
@@ -101,12 +110,14 @@ def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **
     train, held = views.capture.split(config.hold_every)
     if not train:
         raise BadFile(config.data, "", f"{len(held)} photos and all are held out; add photos or set --hold-every 0")
-    if len(views.capture.points) == 0 and config.init is None:
-        raise BadFile(config.data, "points3D", "no sparse points to start from; --init takes a scene file instead")
+    if config.depth.source == "points" and not any(map(len, views.capture.point_views)):
+        raise BadFile(config.data, "points3D", "--depth.source points needs sparse points with the photos that see them, as a COLMAP model has; leave it out, or take sensor")
+    if config.depth.source == "sensor" and not any(views.capture.photos[i].depth for i in train):
+        raise BadFile(config.data, "depth_file_path", "--depth.source sensor needs depth pictures, and no photo has one; leave it out, or take points")
     run = config.output
     run.mkdir(parents=True, exist_ok=True)
     with checkpoint.lock(run):
-        scene = _fit(views, train, config, report)
+        scene = _fit(views, train, config, report, say)
         return _evaluate(views, held, scene, config, run / "eval") if held else None
 
 
@@ -115,42 +126,46 @@ def _views(config: Reconstruct, device: str, say: Report = silent) -> Views:
     return Views(capture, downscale, config.max_side, device)
 
 
-def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[..., None]) -> Scene:
+def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[..., None], say: Report) -> Scene:
     run, start = config.output, time.monotonic()
     cameras = {i: views.camera(i) for i in train}
     bytes_per_photo = 12 * max(c.width * c.height for c in cameras.values())
-    image = functools.lru_cache(max(1, _cache_bytes(views.device) // bytes_per_photo))(lambda i: (views.image(i), views.mask(i)))
+    place = {photo: k for k, photo in enumerate(train)}
+    view = functools.lru_cache(max(1, _cache_bytes(views.device) // bytes_per_photo))(
+        lambda i: View(place[i], cameras[i], views.image(i), views.mask(i), views.depth(i, config.depth.source)))
     settings, extent, background = _settings(config), _extent(cameras), torch.tensor(config.background, device=views.device)
-    up, source = _up(cameras), config.data.resolve().name
+    up, source = tuple(estimate_up(Cameras.cat([c.replace(width=1, height=1) for c in cameras.values()])).tolist()), config.data.resolve().name
     made_with = {"config": configs.to_yaml(dataclasses.replace(config, data=Path(), output=Path(), init=None, resume=False)),
                  "photos": [views.capture.photos[i].name for i in train], "device": views.device}
     saved = checkpoint.load(run / "checkpoint") if config.resume and (run / "checkpoint").is_dir() else None
     if saved:
         _check_same_run(saved, made_with)
         growth = KINDS[config.densification](config, extent, 0, views.device)
-        fit = Fit.resumed(saved, growth, config, extent, len(train))
+        fit = Fit.resumed(saved, growth, config, list(cameras.values()))
     else:
-        scene = (_first_scene(views.capture, config) if config.init is None else _scene_to_go_on(config)).to(views.device)
+        scene = first_scene(views.capture, train, config, say).to(views.device)
         growth = KINDS[config.densification](config, extent, len(scene), views.device)
         shutil.rmtree(run / "checkpoint", ignore_errors=True)
-        fit = Fit.first(scene, growth, config, extent, len(train))
+        fit = Fit.first(scene, growth, config, list(cameras.values()))
     configs.save(config, run / "config.yaml")
     _keep_lines(run / "metrics.jsonl", fit.step)
 
     def save() -> None:
         io.save(run / "scene.ply", fit.scene.detach().to("cpu"), SceneHeader(settings.changed(), up, False, source, fit.step))
+        if fit.poses:
+            fit.poses.save(run / "cameras.json", [views.capture.photos[i] for i in train])
 
-    skipped, place = 0, {photo: k for k, photo in enumerate(train)}
+    skipped = 0
     try:
         with (run / "metrics.jsonl").open("a") as log:
             for step in range(fit.step + 1, config.steps + 1):
                 fit.queue = fit.queue or [train[i] for i in torch.randperm(len(train), generator=fit.order).tolist()]
                 i = fit.queue.pop()
-                camera, photo, mask = _at_step(cameras[i], *image(i), step / config.steps, config)
+                seen = view(i) if step > config.coarse_fraction * config.steps else view(i).halved()
                 if config.random_background:
                     background = torch.rand(3, generator=fit.order).to(views.device)
                 rate = exponential_decay(step, config.steps, config.lr.means, config.lr.means_final) * extent
-                loss, color, bad = fit.step_on(camera, photo, mask, place[i], background, min(fit.scene.sh_degree, (step - 1) // config.sh_every), settings, rate)
+                loss, color, bad = fit.step_on(seen, background, min(fit.scene.sh_degree, (step - 1) // config.sh_every), settings, rate)
                 skipped = skipped + 1 if bad else 0
                 if bad:
                     log.write(json.dumps({"step": step, "skipped": True, "not_finite": bad, "photo": views.capture.photos[i].name}) + "\n")
@@ -163,7 +178,7 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
                     fit.adam.follow(edit)
                 fit.step = step
                 if step % 100 == 0 or step == config.steps:
-                    mse = float((color - photo)[slice(None) if mask is None else mask].square().mean())
+                    mse = float((color - seen.photo)[slice(None) if seen.mask is None else seen.mask].square().mean())
                     record = {"step": step, "loss": float(loss), "psnr_train": -10 * math.log10(max(mse, 1e-12)), "gaussians": len(fit.scene),
                               "seconds": round(time.monotonic() - start, 3)}
                     log.write(json.dumps(record) + "\n")
@@ -268,44 +283,7 @@ def _settings(config: Reconstruct) -> RasterSettings:
     return RasterSettings(antialias=config.antialias)
 
 
-def _first_scene(capture: Capture, config: Reconstruct) -> Scene:
-    points, rgb, kind = torch.from_numpy(capture.points).float(), torch.from_numpy(capture.points_rgb), KINDS[config.densification]
-    if len(points) > config.max_gaussians:
-        keep = torch.randperm(len(points), generator=torch.Generator().manual_seed(config.seed))[: config.max_gaussians].sort().values
-        points, rgb = points[keep], rgb[keep]
-    return from_points(points, rgb, config.sh_degree, *kind.first(config))
-
-
-def _scene_to_go_on(config: Reconstruct) -> Scene:
-    """The scene of `config.init` at the run's SH degree: bands that it lacks are zero, those beyond are left out; so are the faintest beyond max_gaussians."""
-    scene, _ = io.load(config.init)
-    if len(scene) == 0:
-        raise BadFile(config.init, "", "holds no Gaussian; leave out --init to start from the sparse points")
-    scene = scene.replace(features=None)
-    if len(scene) > config.max_gaussians:
-        scene = scene.rows(scene.logit_opacities.topk(config.max_gaussians).indices.sort().values)
-    bands = (config.sh_degree + 1) ** 2
-    sh = scene.sh.new_zeros(len(scene), bands, 3)
-    shared = min(bands, scene.sh.shape[1])
-    sh[:, :shared] = scene.sh[:, :shared]
-    return scene.replace(sh=sh)
-
-
-def _at_step(camera: Cameras, photo: Tensor, mask: Tensor | None, progress: float, config: Reconstruct) -> tuple[Cameras, Tensor, Tensor | None]:
-    """Camera, photo and mask at the resolution of this part of the run: half size for the first `coarse_fraction` of the steps."""
-    if progress > config.coarse_fraction or min(camera.width, camera.height) < 64:
-        return camera, photo, mask
-    half = lambda x: torch.nn.functional.interpolate(x.permute(2, 0, 1)[None], (camera.height // 2, camera.width // 2), mode="area")[0].permute(1, 2, 0).contiguous()
-    return camera.resized(camera.width // 2, camera.height // 2), half(photo), None if mask is None else half(mask.float()[..., None])[..., 0] > 1 - 1e-4
-
-
 def _extent(cameras: dict[int, Cameras]) -> float:
     """1.1 times the largest distance of a camera from their mean, world units (Kerbl et al. 2023)."""
     centres = torch.cat([c.centres for c in cameras.values()])
     return 1.1 * float((centres - centres.mean(0)).norm(dim=1).max()) or 1.0
-
-
-def _up(cameras: dict[int, Cameras]) -> tuple[float, float, float]:
-    """The mean upward direction of the pictures."""
-    up = -torch.cat([c.world_to_cam[:, 1, :3] for c in cameras.values()]).mean(0)
-    return tuple(torch.nn.functional.normalize(up, dim=0).tolist())

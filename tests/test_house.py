@@ -15,9 +15,9 @@ PACKAGE = REPO / "splatkit"
 FLOORS = [      # imports point down or stay on their floor
     {"scene", "camera", "capture", "errors", "config", "native", "_compat"},
     {"raster", "io"},
-    {"optim", "adc", "density", "metrics", "exposure", "rooms", "paths", "film"},
+    {"optim", "adc", "density", "metrics", "exposure", "poses", "rooms", "paths", "film"},
     {"growth"},
-    {"fit"},
+    {"fit", "initial"},
     {"reconstruct", "sfm", "sfm_worker"},
     {"lift"},
     {"distill"},

@@ -120,10 +120,9 @@ def test_a_full_disk_ends_with_one_line_and_the_last_scene_whole(photos, tmp_pat
     (lambda f: (f / "images" / "003.png").write_bytes((f / "images" / "003.png").read_bytes()[:900]), "003.png"),
     (lambda f: (f / "images" / "003.png").unlink(), "003.png"),
     (lambda f: (f / "sparse" / "0" / "images.bin").write_bytes(b"\x01"), "images.bin"),
-    (lambda f: (f / "sparse" / "0" / "points3D.bin").write_bytes(b"\0" * 8), "points"),
     (lambda f: [p.unlink() for p in [*(f / "sparse" / "0").iterdir(), *(f / "images").iterdir()]], "COLMAP"),
     (shutil.rmtree, "no such folder or film"),
-], ids=["truncated photo", "missing photo", "cut model", "no points", "no model and no photos", "no folder"])
+], ids=["truncated photo", "missing photo", "cut model", "no model and no photos", "no folder"])
 def test_bad_input_is_one_line_that_names_the_file_and_exit_code_2(tmp_path, harm, said, capsys, cpu_library):
     write_capture(tmp_path / "photos", photos=4, width=40, height=30, points=100)
     harm(tmp_path / "photos")

@@ -74,6 +74,7 @@ def load_transforms(path: str | os.PathLike, report: Report = silent) -> Capture
     notes: Counter[str] = Counter()
     for file, top in zip(files, tops):
         undo = _undo(top, partial(BadFile, file))
+        scale = float(np.cbrt(abs(np.linalg.det(undo[:3, :3]))))
         for i, frame in enumerate(top["frames"]):
             name = _name(frame, "file_path", partial(BadFile, file, f"frames[{i}]"))
             bad = partial(BadFile, file, f"frames[{i}] ({name})")
@@ -84,10 +85,11 @@ def load_transforms(path: str | os.PathLike, report: Report = silent) -> Capture
                 continue
             lens = _lens(top, frame)
             photo = fitted(_photo(name, photo_path, lens, _world_to_cam(frame, undo, bad), bad), f"the camera of {name}", notes)
-            photo = dataclasses.replace(photo, mask=_mask(file.parent, photo, frame, bad))
+            depth, unit = _depth(file.parent, lens, bad)
+            photo = dataclasses.replace(photo, mask=_mask(file.parent, photo, lens, bad), depth=depth, depth_unit=unit * scale)
             if (bent := _distortion(lens, bad)) is not None:
-                if photo.mask is not None:
-                    raise bad("a mask of a photo with lens distortion cannot be used: undistort both first")
+                if photo.mask is not None or depth is not None:
+                    raise bad("a mask or depth of a photo with lens distortion cannot be used: undistort both first")
                 photo = undistorted(photo, *bent, file, f"frames[{i}] ({name})", notes)
             photos[name] = photo
     if missing:
@@ -159,10 +161,24 @@ def _photo(name: str, path: Path, lens: dict, world_to_cam: Array, bad: Bad) -> 
     return Photo(name, path, _intrinsics(lens, width, height, bad), int(width), int(height), world_to_cam)
 
 
-def _mask(root: Path, photo: Photo, frame: dict, bad: Bad) -> Path | None:
-    if frame.get("mask_path") is None:
+def _depth(root: Path, lens: dict, bad: Bad) -> tuple[Path | None, float]:
+    """The frame's depth picture and the length of its step in the json's world: nerfstudio's names and its default of a millimetre."""
+    if lens.get("depth_file_path") is None:
+        return None, 1e-3
+    unit = 1e-3 if lens.get("depth_unit_scale_factor") is None else _number(lens, "depth_unit_scale_factor", bad)
+    if not 0 < unit < 1e6:
+        raise bad(f"depth_unit_scale_factor {unit:g}; expected above 0 and below 1e6")
+    if not os.path.isfile(path := _inside(root, _name(lens, "depth_file_path", bad), _PLACE)):
+        raise BadFile(path, "", "no such depth picture; take depth_file_path out of the frame to do without")
+    return path, unit
+
+
+def _mask(root: Path, photo: Photo, lens: dict, bad: Bad) -> Path | None:
+    """The frame's mask, else the file's: mask_path, or valid_mask for pixels that no frame has."""
+    key = next((key for key in ("mask_path", "valid_mask") if lens.get(key) is not None), None)
+    if key is None:
         return None
-    mask = _inside(root, _name(frame, "mask_path", bad), _PLACE)
+    mask = _inside(root, _name(lens, key, bad), _PLACE)
     with _photo_file(mask) as picture:
         size, _ = _stored(picture)
         if size != (photo.width, photo.height) or picture.mode not in _MODES:

@@ -86,7 +86,7 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
             result = reconstruct(settings, progress, progress.note)
         finally:
             progress.close()
-        print(result or "no photo was held out; the scene is written")
+        print(result.short() if result else "no photo was held out; the scene is written")
         print(f"scene: {settings.output / 'scene.ply'}")
         return 0
 
@@ -98,15 +98,33 @@ def _looks_like_a_card() -> bool:
     return (config.PRESETS.parent / "_native" / "libsplatkit_cuda.so").exists() and (shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists())
 
 
-def evaluate(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]) -> int:
-    """PSNR and SSIM of a run's scene on the photos that were held out.
+def evaluate(
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]],
+    split: Literal["held", "train", "all"] = "held",
+    lpips: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")] = (),
+    pictures: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Compare a run's scene with photos: PSNR, SSIM and LPIPS per photo, into RUN/eval.
 
     Args:
         run: Run folder of `splatkit reconstruct`.
+        split: The photos that were held out, those that the scene was trained on (into RUN/eval/train), or both (into RUN/eval/all).
+        lpips: Weights of LPIPS with alex or vgg, .safetensors or .pth: all in one file, or torchvision's backbone and the heads beside it.
+        pictures: Write the render of every photo, and one picture of photo, render and difference, as PNG.
     """
-    from .reconstruct import evaluate
+    from .evaluation import evaluate
 
-    print(evaluate(run))
+    progress = Progress(0)
+
+    def report(number: int, of: int, gaussians: int, **values: float) -> None:
+        progress.steps = of
+        progress(number, gaussians, **values)
+
+    try:
+        result = evaluate(run, split, lpips, pictures, report)
+    finally:
+        progress.close()
+    print(result)
     return 0
 
 
@@ -173,16 +191,16 @@ def demo(output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")] =
         output: Folder for photos and scene.
     """
     from . import rooms
-    from .reconstruct import evaluate, reconstruct
+    from .reconstruct import reconstruct
 
     rooms.write_capture(output / "photos", width=320, height=240)
     settings = config.load_yaml(config.preset("reconstruct", "demo"), config.Reconstruct(data=output / "photos", output=output))
     progress = Progress(settings.steps)
     try:
-        reconstruct(settings, progress)
+        result = reconstruct(settings, progress)
     finally:
         progress.close()
-    print(evaluate(output))
+    print(result)
     return 0
 
 

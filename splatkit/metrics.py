@@ -1,4 +1,4 @@
-"""How close a picture is to another: PSNR, SSIM, and the photometric loss (L1 + SSIM) with its gradient."""
+"""How close a picture is to another: PSNR, also with colours fitted, SSIM, and the photometric loss (L1 + SSIM) with its gradient."""
 from __future__ import annotations
 
 import torch
@@ -19,6 +19,20 @@ def psnr(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], mask: Sh
     """
     squared = (image - target).square()
     return -10 * torch.log10(squared.mean() if mask is None else squared[mask != 0].mean())
+
+
+def colour_fitted(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], mask: Shaped[Tensor, "H W"] | None = None) -> Float[Tensor, "H W 3"]:
+    """`image` through the affine map of colours (3x3 and an offset) that brings it closest to `target`, by least squares over pixels with mask != 0.
+
+    Takes exposure and white balance out of a comparison, at the price that a wrong colour may pass. Nothing is clamped. Where the
+    picture's colours do not span all three directions, one of a single colour for one, the smallest map is taken.
+    """
+    inside = slice(None) if mask is None else (mask != 0).flatten()
+    seen, wanted = (x.double().reshape(-1, 3)[inside] for x in (image, target))
+    seen_mean, wanted_mean = seen.mean(0), wanted.mean(0)
+    seen, wanted = seen - seen_mean, wanted - wanted_mean
+    linear = torch.linalg.pinv(seen.T @ seen, rtol=1e-10, hermitian=True) @ (seen.T @ wanted)
+    return ((image.double() - seen_mean) @ linear + wanted_mean).to(image.dtype)
 
 
 def ssim(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"]) -> Float[Tensor, ""]:

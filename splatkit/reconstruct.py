@@ -1,4 +1,4 @@
-"""Posed photos to a scene: `reconstruct` optimises, `evaluate` compares with the photos that were held out."""
+"""Photos to a scene: the loop that fits it and writes the run folder."""
 from __future__ import annotations
 
 import dataclasses
@@ -8,88 +8,33 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor
 
 from . import config as configs
 from . import io
 from .camera import Cameras
-from .capture import Capture, Photo, SceneHeader
+from .capture import SceneHeader
 from .config import Reconstruct
-from .errors import BackendUnavailable, BadConfig, BadFile, Diverged
-from .film import color_picture
+from .errors import BadConfig, BadFile, Diverged
+from .evaluation import Evaluation, compare
 from .fit import Fit, View
 from .growth import KINDS
 from .initial import first_scene
 from .io import checkpoint
 from .io.atomic import replacing
-from .io.depth import load_depth
-from .io.photos import load_image, load_mask
 from .io.reading import Report, silent
-from .io.source import is_bare, load_source
-from .metrics import psnr, ssim
+from .io.source import is_bare
 from .optim import exponential_decay
 from .paths import estimate_up
-from .raster import RasterSettings, backends, render
 from .scene import Scene
 from .sfm import pose
+from .views import raster_settings, views_of, working_device
 
 PHOTO_CACHE_BYTES = 2 << 30
 SKIPS_MAX = 10      # steps without a finite gradient in a row, at which a run stops
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How a scene matches held-out photos. Values are raw: nothing is fitted to a held-out photo."""
-
-    psnr: float                         # mean of the photos' PSNR, dB
-    ssim: float
-    photos: dict[str, dict[str, float]]
-    gaussians: int
-    picture: Path | None                # photo beside render
-
-    def __str__(self) -> str:
-        lines = [f"{name}: PSNR {v['psnr']:.2f} dB, SSIM {v['ssim']:.4f}" for name, v in self.photos.items()]
-        lines.append(f"{len(self.photos)} held-out photos: PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.4f}, {self.gaussians:,} Gaussians")
-        return "\n".join(lines + ([f"photo beside render: {self.picture}"] if self.picture else []))
-
-
-@dataclass(frozen=True)
-class Views:
-    """The photos of a capture at the size and on the device that a run works with."""
-
-    capture: Capture
-    downscale: float
-    max_side: int = 0       # pixels; 0 = any
-    device: str = "cpu"
-
-    def size(self, photo: Photo) -> tuple[int, int]:
-        return photo.size_at(self.downscale, self.max_side)
-
-    def camera(self, i: int) -> Cameras:
-        photo = self.capture.photos[i]
-        return photo.camera().resized(*self.size(photo)).to(self.device)
-
-    def image(self, i: int) -> Tensor:
-        photo = self.capture.photos[i]
-        return torch.from_numpy(load_image(photo, *self.size(photo))).to(self.device)
-
-    def mask(self, i: int) -> Tensor | None:
-        """Which of its pixels count; None: all."""
-        photo = self.capture.photos[i]
-        kept = load_mask(photo, *self.size(photo))
-        return None if kept is None else torch.from_numpy(kept).to(self.device)
-
-    def depth(self, i: int, source: str) -> Tensor | None:
-        """What `source` of config.Depth knows of its depth."""
-        if source == "points":
-            return self.capture.sparse_depth(i, self.camera(i))
-        depth = load_depth(self.capture.photos[i], *self.size(self.capture.photos[i])) if source == "sensor" else None
-        return None if depth is None else torch.from_numpy(depth).to(self.device)
 
 
 def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **k: None, say: Report = silent) -> Evaluation | None:
@@ -103,10 +48,10 @@ def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **
     Raises BadFile for what is wrong with the photos or poses or where another process works in the run folder, BadConfig where a
     checkpoint to resume was made with other settings, BackendUnavailable where only the slow reference could draw.
     """
-    device = _device(config)        # before anything that takes long
+    working_device(config)          # before anything that takes long
     if is_bare(config.data):
         pose(config.data, config.output, config.sfm, say, keep=config.resume and (config.output / "checkpoint").is_dir())
-    views = _views(config, device, say)
+    views = views_of(config, say)
     train, held = views.capture.split(config.hold_every)
     if not train:
         raise BadFile(config.data, "", f"{len(held)} photos and all are held out; add photos or set --hold-every 0")
@@ -118,12 +63,7 @@ def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **
     run.mkdir(parents=True, exist_ok=True)
     with checkpoint.lock(run):
         scene = _fit(views, train, config, report, say)
-        return _evaluate(views, held, scene, config, run / "eval") if held else None
-
-
-def _views(config: Reconstruct, device: str, say: Report = silent) -> Views:
-    capture, downscale = load_source(config.data, config.output, config.downscale, say)
-    return Views(capture, downscale, config.max_side, device)
+        return compare(scene, views, held, config, run / "eval") if held else None
 
 
 def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[..., None], say: Report) -> Scene:
@@ -133,7 +73,7 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
     place = {photo: k for k, photo in enumerate(train)}
     view = functools.lru_cache(max(1, _cache_bytes(views.device) // bytes_per_photo))(
         lambda i: View(place[i], cameras[i], views.image(i), views.mask(i), views.depth(i, config.depth.source)))
-    settings, extent, background = _settings(config), _extent(cameras), torch.tensor(config.background, device=views.device)
+    settings, extent, background = raster_settings(config), _extent(cameras), torch.tensor(config.background, device=views.device)
     up, source = tuple(estimate_up(Cameras.cat([c.replace(width=1, height=1) for c in cameras.values()])).tolist()), config.data.resolve().name
     made_with = {"config": configs.to_yaml(dataclasses.replace(config, data=Path(), output=Path(), init=None, resume=False)),
                  "photos": [views.capture.photos[i].name for i in train], "device": views.device}
@@ -216,71 +156,9 @@ def _keep_lines(path: Path, step: int) -> None:
         file.write("".join(f"{line}\n" for line in kept).encode())
 
 
-def evaluate(run: Path) -> Evaluation:
-    """The scene of a run folder against its held-out photos; writes eval/metrics.json and eval/side_by_side.png.
-
-    Raises BadFile when the folder holds no run, or its photos are gone.
-    """
-    if not (run / "config.yaml").is_file():
-        raise BadFile(run, "config.yaml", "no such file; expected a run folder of `splatkit reconstruct`")
-    config = dataclasses.replace(configs.load_yaml(run / "config.yaml", Reconstruct), output=run)
-    views = _views(config, _device(config))
-    _, held = views.capture.split(config.hold_every)
-    if not held:
-        raise BadFile(run, "config.yaml", "hold_every is 0: the run held out no photo to evaluate on")
-    scene, _ = io.load(run / "scene.ply")
-    return _evaluate(views, held, scene.to(views.device), config, run / "eval")
-
-
-@torch.no_grad()
-def _evaluate(views: Views, held: list[int], scene: Scene, config: Reconstruct, folder: Path) -> Evaluation:
-    table, pairs = {}, []
-    for i in held:
-        photo = views.image(i)
-        picture = render(scene, views.camera(i), background=torch.tensor(config.background, device=views.device), settings=_settings(config), backend=config.backend).color[0].clamp(0, 1)
-        kept = 1 if (mask := views.mask(i)) is None else mask[..., None]      # SSIM's windows see zeros outside, as they do beyond the border
-        table[views.capture.photos[i].name] = {"psnr": float(psnr(picture, photo, mask)), "ssim": float(ssim(picture * kept, photo * kept))}
-        pairs.append(torch.cat([photo, picture], dim=1).cpu())
-    mean = {key: sum(row[key] for row in table.values()) / len(table) for key in ("psnr", "ssim")}
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "metrics.json") as file:
-        file.write(json.dumps({**mean, "gaussians": len(scene), "photos": table}, indent=1).encode())
-    widest = max(p.shape[1] for p in pairs)
-    sheet = torch.cat([torch.nn.functional.pad(p, (0, 0, 0, widest - p.shape[1])) for p in pairs[:: max(1, len(pairs) // 3)][:3]])
-    _write_png(folder / "side_by_side.png", sheet)
-    return Evaluation(mean["psnr"], mean["ssim"], table, len(scene), folder / "side_by_side.png")
-
-
-def _write_png(path: Path, picture: Tensor) -> None:
-    from PIL import Image   # 0.1 s that the optimisation does not need
-
-    with replacing(path) as file:
-        Image.fromarray(color_picture(picture)).save(file, "PNG")
-
-
-def _device(config: Reconstruct) -> str:
-    """Where the run works. Raises BackendUnavailable where that cannot be, or only at a crawl."""
-    known = backends()
-    if config.backend == "gsplat":
-        if known["gsplat"] is not None or config.device == "cpu":
-            raise BackendUnavailable(f"gsplat: {known['gsplat'] or 'it draws on a card, and --device is cpu'}")
-        return "cuda"
-    device = ("cuda" if known["cuda"] is None and config.backend in ("auto", "cuda") else "cpu") if config.device == "auto" else config.device
-    if device == "cuda" and known["cuda"] is not None:
-        raise BackendUnavailable(f"cuda: {known['cuda']}; --device cpu works without")
-    if device == "cpu" and config.backend == "auto" and known["cpu"] is not None:
-        raise BackendUnavailable(f"the native CPU library is missing ({known['cpu']}). `splatkit doctor` says what to do; "
-                                 "--backend reference draws with plain torch, about a thousand times slower")
-    return device
-
-
 def _cache_bytes(device: str) -> int:
     """For photos, where the run works: on a card a third of what is free, since a photo that is read again costs more than its step."""
     return torch.cuda.mem_get_info()[0] // 3 if device == "cuda" else PHOTO_CACHE_BYTES
-
-
-def _settings(config: Reconstruct) -> RasterSettings:
-    return RasterSettings(antialias=config.antialias)
 
 
 def _extent(cameras: dict[int, Cameras]) -> float:

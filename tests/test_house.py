@@ -15,10 +15,10 @@ PACKAGE = REPO / "splatkit"
 FLOORS = [      # imports point down or stay on their floor
     {"scene", "camera", "capture", "errors", "config", "native", "_compat"},
     {"raster", "io"},
-    {"optim", "adc", "density", "metrics", "exposure", "poses", "rooms", "paths", "film"},
+    {"optim", "adc", "density", "metrics", "lpips", "exposure", "poses", "rooms", "paths", "film", "views"},
     {"growth"},
     {"fit", "initial"},
-    {"reconstruct", "sfm", "sfm_worker"},
+    {"reconstruct", "evaluation", "sfm", "sfm_worker"},
     {"lift"},
     {"distill"},
     {"serve", "doctor"},

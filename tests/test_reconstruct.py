@@ -15,7 +15,8 @@ import torch
 
 from splatkit import cli, config, io, raster
 from splatkit.errors import BackendUnavailable, BadFile
-from splatkit.reconstruct import evaluate, reconstruct
+from splatkit.evaluation import evaluate
+from splatkit.reconstruct import reconstruct
 from splatkit.rooms import write_capture
 
 ROOT = Path(__file__).parent.parent
@@ -75,10 +76,11 @@ def test_the_saved_config_repeats_the_run(photos, tmp_path, cpu_library):
 
 def test_held_out_photos_are_never_read_while_training(photos, tmp_path, monkeypatch, cpu_library):
     from splatkit import reconstruct as module
+    from splatkit import views
     read = []
-    load = module.load_image
-    monkeypatch.setattr(module, "load_image", lambda photo, *size: read.append(photo.name) or load(photo, *size))
-    monkeypatch.setattr(module, "_evaluate", lambda *a: read.append("evaluation"))
+    load = views.load_image
+    monkeypatch.setattr(views, "load_image", lambda photo, *size: read.append(photo.name) or load(photo, *size))
+    monkeypatch.setattr(module, "compare", lambda *a: read.append("evaluation"))
     reconstruct(settings(photos, tmp_path))
     assert "evaluation" in read and not {"000.png", "005.png"} & set(read[: read.index("evaluation")])
 
@@ -137,8 +139,8 @@ def test_eval_of_a_folder_without_a_run_says_so(tmp_path):
 
 
 def test_without_the_native_library_the_slow_reference_must_be_asked_for(photos, tmp_path, monkeypatch):
-    from splatkit import reconstruct as module
-    monkeypatch.setattr(module, "backends", lambda: {**raster.backends(), "cpu": "not built"})
+    from splatkit import views
+    monkeypatch.setattr(views, "backends", lambda: {**raster.backends(), "cpu": "not built"})
     with pytest.raises(BackendUnavailable, match="--backend reference"):
         reconstruct(settings(photos, tmp_path))
 

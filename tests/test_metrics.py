@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,35 @@ def test_psnr_looks_only_inside_the_mask():
     mask = torch.zeros(4, 6, dtype=torch.uint8)
     mask[:, :3] = 255
     assert metrics.psnr(image, target, mask).item() == pytest.approx(20.0, abs=1e-5)
+
+
+def test_fitted_colours_do_not_depend_on_how_they_were_changed_before():
+    image, target = pictures(33, 47)
+    changed = image @ torch.tensor([[0.7, 0.1, 0.0], [-0.2, 1.3, 0.1], [0.05, 0.0, 0.9]], dtype=torch.float64) + torch.tensor([0.1, -0.05, 0.2], dtype=torch.float64)
+    fitted = metrics.psnr(metrics.colour_fitted(image, target), target)
+    assert metrics.psnr(metrics.colour_fitted(changed, target), target).item() == pytest.approx(fitted.item(), abs=1e-9)
+    assert metrics.psnr(changed, target) < metrics.psnr(image, target) < fitted
+    torch.testing.assert_close(metrics.colour_fitted(2 * target - 0.3, target), target, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fitted_colours_are_those_of_least_squares_by_numpy(masked):
+    image, target = pictures(12, 15)
+    inside = some_mask(12, 15) if masked else torch.ones(12, 15, dtype=torch.bool)
+    design = lambda x: np.concatenate([x.reshape(-1, 3).numpy(), np.ones((x[..., 0].numel(), 1))], axis=1)
+    solution = np.linalg.lstsq(design(image[inside]), target[inside].numpy(), rcond=None)[0]
+    expected = torch.from_numpy((design(image) @ solution).reshape(12, 15, 3))
+    other = target.where(inside[..., None], torch.full_like(target, float("nan")))      # pixels outside do not count
+    torch.testing.assert_close(metrics.colour_fitted(image, other, inside if masked else None), expected, atol=1e-10, rtol=0)
+
+
+def test_fitted_colours_of_a_picture_without_colours_are_the_best_grey_ramp_and_finite():
+    _, target = pictures(9, 11)
+    grey = target.mean(2, keepdim=True).expand(-1, -1, 3)
+    for x in (grey, torch.zeros_like(target)):
+        design = np.stack([x[..., 0].flatten().numpy(), np.ones(99)], axis=1)
+        expected = design @ np.linalg.lstsq(design, target.reshape(-1, 3).numpy(), rcond=None)[0]
+        torch.testing.assert_close(metrics.colour_fitted(x, target), torch.from_numpy(expected.reshape(9, 11, 3)), atol=1e-9, rtol=0)
 
 
 def test_ssim_of_a_picture_with_itself_is_one():

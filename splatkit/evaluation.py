@@ -26,20 +26,28 @@ from .views import Views, raster_settings, views_of
 
 SPLITS = {"held": "held-out photos", "train": "photos that the scene was trained on", "all": "photos, trained on and held out together"}
 COLUMNS = {"psnr": ("PSNR", ".2f"), "psnr_colour_fitted": ("PSNR, colours fitted", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f")}
-STATISTICS = {"mean": statistics.mean, "lowest": min, "highest": max, "deviation": lambda x: statistics.stdev(x) if len(x) > 1 and all(map(math.isfinite, x)) else 0.0}
 DIFFERENCE_GAIN = 5     # of the absolute difference in a picture: 0.2 is white
+
+
+def deviation(values: list[float]) -> float:
+    """Standard deviation (n - 1); 0 of a single value, infinite where a picture agrees exactly."""
+    return (statistics.stdev(values) if all(map(math.isfinite, values)) else math.inf) if len(values) > 1 else 0.0
+
+
+STATISTICS = {"mean": statistics.mean, "lowest": min, "highest": max, "deviation": deviation}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a scene matches photos. `psnr` is raw: nothing is fitted to a photo; for `psnr_colour_fitted` the render's colours are, by an affine map."""
+    """How a scene matches photos. `psnr` is raw: nothing is fitted to a photo; for `psnr_colour_fitted` the render's colours are, by
+    an affine map (metrics.colour_fitted, cut to 0 to 1)."""
 
     psnr: float                             # means over the photos; PSNR in dB
     psnr_colour_fitted: float
     ssim: float
     lpips: float | None                     # None without weights
     photos: dict[str, dict[str, float]]     # name: the same four, without what is None
-    spread: dict[str, dict[str, float]]     # of each of them: lowest, highest, standard deviation of the photos (n - 1)
+    spread: dict[str, dict[str, float]]     # of each of them: lowest, highest and deviation() of the photos
     gaussians: int
     split: str                              # which photos: a key of SPLITS
     picture: Path                           # photo | render | DIFFERENCE_GAIN times the absolute difference
@@ -142,7 +150,7 @@ def side_by_side(picture: Float[Tensor, "H W 3"], photo: Float[Tensor, "H W 3"],
 
 
 def _write_png(path: Path, picture: Tensor) -> None:
-    from PIL import Image   # 0.1 s that the optimisation does not need
+    from PIL import Image  # 0.1 s that the optimisation does not need
 
     with replacing(path) as file:
         Image.fromarray(color_picture(picture)).save(file, "PNG")

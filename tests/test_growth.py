@@ -12,8 +12,9 @@ from splatkit.errors import BackendUnavailable, BadConfig, BadFile
 from splatkit.growth import KINDS, Fixed
 from splatkit.io import checkpoint
 from splatkit.io.photos import load_capture
-from splatkit.reconstruct import Views, reconstruct
+from splatkit.reconstruct import reconstruct
 from splatkit.scene import Scene
+from splatkit.views import Views
 from test_reconstruct import photos, same, settings     # noqa: F401 (a fixture)
 
 QUICK_ADC = ADC(start=40, every=20, stop_fraction=0.8, grad_threshold=1e-4, reset_every=0)
@@ -126,6 +127,6 @@ def test_steps_through_the_recorded_picture_lead_where_those_of_autograd_do(phot
 
 
 def test_a_run_on_a_card_that_is_not_there_is_refused_in_one_line(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("splatkit.reconstruct.backends", lambda: {"cuda": "torch sees no CUDA device", "cpu": None})
+    monkeypatch.setattr("splatkit.views.backends", lambda: {"cuda": "torch sees no CUDA device", "cpu": None})
     with pytest.raises(BackendUnavailable, match="no CUDA device; --device cpu works without"):
         reconstruct(settings(photos, tmp_path, device="cuda"))

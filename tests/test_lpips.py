@@ -43,8 +43,7 @@ def by_the_paper(net: str, backbone: dict, heads: dict, image, target) -> float:
     return total
 
 
-@NETS
-@pytest.mark.parametrize("height, width", [(31, 31), (45, 70)])
+@pytest.mark.parametrize("net, height, width", [("alex", 31, 31), ("alex", 45, 70), ("vgg", 33, 40)])
 def test_distance_is_that_of_the_published_network(net, height, width, states, tmp_path):
     weights = lpips.load([write(tmp_path / "all.pth", *states[net])])
     image, target = pictures(height, width)

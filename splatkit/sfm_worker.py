@@ -13,7 +13,8 @@ from pathlib import Path
 
 
 def main(job_file: str) -> None:
-    """Reads the job and writes the largest model to its `model`, and then `result`: registered names and what was tried."""
+    """Reads the job and writes the largest model to its `model`, and then `result`: registered names, mean number of points that
+    one of them sees, and what was tried."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     import pycolmap
@@ -43,14 +44,15 @@ def main(job_file: str) -> None:
             best = mapper, largest
         if best and best[1].num_reg_images() >= job["enough"]:
             break
-    registered = []
+    registered, observations = [], 0.0
     if best:
+        observations = best[1].compute_mean_observations_per_reg_image()
         for image in best[1].images.values():
             image.name = names[image.name]
             registered += [image.name] if image.has_pose else []
         os.makedirs(job["model"])
         best[1].write_binary(job["model"])
-    result = {"mapper": best[0] if best else "", "registered": sorted(registered), "tried": tried}
+    result = {"mapper": best[0] if best else "", "registered": sorted(registered), "observations": round(observations, 1), "tried": tried}
     Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -71,12 +73,17 @@ def say(stage: str) -> None:
 
 
 def _end_with_parent() -> None:
-    while sys.stdin.buffer.read(4096):
+    while os.read(0, 4096):
         pass
     os._exit(1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    code = 1
+    try:
+        main(sys.argv[1])
+        code = 0
+    except Exception:
+        traceback.print_exc()
     sys.stderr.flush()
-    os._exit(0)     # what the libraries do while they are unloaded cannot harm what is written
+    os._exit(code)      # what libraries do while they are unloaded cannot harm what is written

@@ -160,7 +160,7 @@ class SfM:
     """How photos without poses, or the frames of a film, get theirs: structure from motion by COLMAP (the extra `sfm`)."""
 
     matcher: Literal["auto", "exhaustive", "sequential"] = "auto"
-    """Which photos are compared: each with every other, or with those next to it by name; auto is sequential for a film and for more than 150 photos."""
+    """Which photos are compared: each with every other, or with the next ones by name and some farther on; auto is sequential for a film and for more than 150 photos."""
     mapper: Literal["auto", "incremental", "global"] = "auto"
     """Photo after photo, or all at once; auto begins with incremental and goes on, with lower thresholds and then global, while photos are left over."""
     max_side: int = 1600

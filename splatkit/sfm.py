@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from .io.reading import Report, silent
 from .io.source import POSES, RECORD, bare_photos
 from .io.video import sharpest_frames
 
+LOG = "log.txt"         # in RUN/sfm: what COLMAP says
 EXHAUSTIVE_MAX = 150    # photos: 11,175 pairs of 0.015 to 0.1 s each on two processors
 ENOUGH = 0.95           # share of the photos from which no further mapper is tried
 LEAST = 3               # photos with poses
@@ -42,7 +44,7 @@ ADVICE = ("photos join where they share two thirds of what they show with others
 
 # What the worker's log says about how far it is.
 _STAGE, _FEATURES = re.compile(r"^stage (\w+)"), re.compile(r"Processed file \[(\d+)/(\d+)\]")
-_BLOCK, _IMAGE = re.compile(r"Processing block \[(\d+)/(\d+), (\d+)/\d+\]"), re.compile(r"Processing image \[(\d+)/(\d+)\]")
+_BLOCK = re.compile(r"Processing block \[(\d+)/(\d+)\]")
 _REGISTERED = re.compile(r"num_reg_(?:frames|images)=(\d+)")
 
 
@@ -71,18 +73,21 @@ def pose(data: Path, run: Path, settings: SfM = SfM(), report: Report = silent, 
     run.mkdir(parents=True, exist_ok=True)
     with lock(run):
         start, folder = time.monotonic(), run / POSES
+        if folder.exists() and os.listdir(folder) and not (folder / LOG).is_file():
+            raise BadFile(folder, "", "holds files that are not of an earlier run; choose another run folder (-o)")
         shutil.rmtree(folder, ignore_errors=True)
         work = folder / "work"
         try:
             (work / "images").mkdir(parents=True)
+            (folder / LOG).touch()
             photos = _frames(data, folder / "images", settings.frames, report) if film else _distinct(bare_photos(data), report)
             if len(photos) < LEAST:
                 raise BadFile(data, "", f"{len(photos)} photos; at least {LEAST} are needed to find poses")
             names = _copies(photos, work / "images", report)
-            result = _run(data, names, _job(work, names, settings, film), folder / "log.txt", report)
+            result = _run(data, names, _job(work, names, settings, film), folder / LOG, report)
             missing = sorted(set(names.values()) - set(result["registered"]))
             if len(names) - len(missing) < LEAST:
-                raise BadFile(data, "", f"poses were found for {len(names) - len(missing)} of {len(names)} photos: {ADVICE}. COLMAP's log: {folder / 'log.txt'}")
+                raise BadFile(data, "", f"poses were found for {len(names) - len(missing)} of {len(names)} photos: {ADVICE}. COLMAP's log: {folder / LOG}")
             (folder / "sparse").mkdir()
             os.replace(work / "model", folder / "sparse" / "0")
         finally:
@@ -144,7 +149,9 @@ def _copies(photos: list[Path], folder: Path, report: Report) -> dict[str, str]:
 
     Returns the photos' names by the path of the copy. Every photo is decoded once, so that a damaged one is named before hours of work.
     """
-    names, cameras, told = {}, {}, _Told(report)
+    names: dict[str, str] = {}
+    cameras: dict[tuple, int] = {}
+    told = _Told(report)
     for i, path in enumerate(photos):
         with _photo_file(path) as image:
             stored, orientation = _stored(image)
@@ -203,12 +210,26 @@ def _upright(exif: bytes) -> Image.Exif:
 
 def _job(work: Path, names: dict[str, str], settings: SfM, film: bool) -> dict:
     auto = "sequential" if film or len(names) > EXHAUSTIVE_MAX else "exhaustive"
+    matcher = auto if settings.matcher == "auto" else settings.matcher
+    ordered = sorted(names, key=lambda name: Path(name).name)       # by the number of the photo, not by the folder of its camera
+    chosen = pairs(len(names), matcher == "sequential")
+    (work / "pairs.txt").write_text("".join(f"{ordered[i]} {ordered[j]}\n" for i, j in chosen), encoding="utf-8")
     mappers = {"auto": ["incremental", "relaxed", "global"], "incremental": ["incremental", "relaxed"], "global": ["global"]}
     places = {name: str((work / place).absolute()) for name, place in (
-        ("database", "database.db"), ("images", "images"), ("scratch", "models"), ("model", "model"), ("result", "result.json"), ("file", "job.json"))}
+        ("database", "database.db"), ("pairs", "pairs.txt"), ("images", "images"), ("scratch", "models"), ("model", "model"), ("result", "result.json"), ("file", "job.json"))}
     (work / "models").mkdir()
-    return {**places, "names": names, "max_side": settings.max_side, "matcher": auto if settings.matcher == "auto" else settings.matcher,
+    return {**places, "names": names, "max_side": settings.max_side, "matcher": matcher, "n_pairs": len(chosen),
             "mappers": mappers[settings.mapper], "enough": ENOUGH * len(names)}
+
+
+def pairs(n: int, sequential: bool) -> list[tuple[int, int]]:
+    """Which of n photos are compared: all with all; or each with its next ten and the 16th, 32nd, ... after it, and some thirty over the
+    whole way with each other, so that a way which comes back to where it began is closed."""
+    if not sequential:
+        return list(itertools.combinations(range(n), 2))
+    steps = sorted({*range(1, 11), *(2 ** k for k in range(4, 10))})
+    near = {(i, i + step) for i in range(n) for step in steps if i + step < n}
+    return sorted(near | set(itertools.combinations(range(0, n, max(1, n // 30)), 2)))
 
 
 def _run(data: Path, names: dict[str, str], job: dict, log: Path, report: Report) -> dict:
@@ -218,6 +239,7 @@ def _run(data: Path, names: dict[str, str], job: dict, log: Path, report: Report
     # A session of its own: Ctrl-C reaches this process alone, which ends the other.
     with open(log, "wb") as copy, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as worker:
         try:
+            assert worker.stdout is not None
             last = _follow(worker.stdout, copy, len(names), job["matcher"], report)
         except BaseException:
             worker.kill()
@@ -244,10 +266,10 @@ def _follow(lines: Iterable[bytes], copy, photos: int, matcher: str, report: Rep
             stage = STAGES[found[1]]
             what = f" of {photos} photos" + (f" ({matcher})" if found[1] == "matching" else "")
             report(f"{stage}{what}")
-        elif found := _FEATURES.search(line) or _IMAGE.search(line):
+        elif found := _FEATURES.search(line):
             told(f"{stage}: photo", int(found[1]), int(found[2]))
         elif found := _BLOCK.search(line):
-            told(f"{stage}: block", (int(found[1]) - 1) * int(found[2]) + int(found[3]), int(found[2]) ** 2)
+            told(f"{stage}: part", int(found[1]), int(found[2]))
         elif found := _REGISTERED.search(line):
             told(f"{stage}: registered", int(found[1]), photos)
     return last

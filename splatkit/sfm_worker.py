@@ -25,10 +25,8 @@ def main(job_file: str) -> None:
     extraction = pycolmap.FeatureExtractionOptions(max_image_size=job["max_side"])
     pycolmap.extract_features(database, images, camera_mode=pycolmap.CameraMode.PER_FOLDER, extraction_options=extraction)
     say("matching")
-    if job["matcher"] == "exhaustive":
-        pycolmap.match_exhaustive(database, pairing_options=pycolmap.ExhaustivePairingOptions(block_size=max(8, len(names) // 5)))
-    else:
-        pycolmap.match_sequential(database)
+    pairing = pycolmap.ImportedPairingOptions(match_list_path=job["pairs"], block_size=max(8, job["n_pairs"] // 20))
+    pycolmap.match_image_pairs(database, pairing_options=pairing)
     best, tried = None, []
     for mapper in job["mappers"]:
         say(mapper)

@@ -112,7 +112,7 @@ def test_a_photo_on_its_side_is_read_upright_as_it_was_posed(photos, posed, view
 def test_progress_copies_and_photos_without_a_pose_are_reported(posed):
     text = "\n".join(posed[1])
     assert "exact copies of other photos are left out: 001.jpg (001 (copy).jpg)" in text
-    for stage in ("reading photos 11 of 11", "features: photo 11 of 11", "matching of 11 photos (exhaustive)", "matching: block 4 of 4", "mapping: registered 4 of 11", "10 of 11 photos have poses ("):
+    for stage in ("reading photos 11 of 11", "features: photo 11 of 11", "matching of 11 photos (exhaustive)", "matching: part 7 of 7", "mapping: registered 4 of 11", "10 of 11 photos have poses ("):
         assert stage in text, stage
     assert posed[1][-1].split(": ", 1)[1].startswith("without a pose and left out: other.jpg; photos join where they share two thirds")
 
@@ -176,6 +176,24 @@ def test_a_scene_is_fitted_evaluated_and_filmed_from_bare_photos(photos, posed, 
 def _without_poses(run: Path) -> Path:
     shutil.rmtree(run / "sfm")
     return run
+
+
+@pytest.mark.parametrize("n", [3, 11, 60, 400])
+def test_sequential_pairs_are_few_and_join_near_far_and_first_with_last(n):
+    chosen = set(sfm.pairs(n, sequential=True))
+    assert all(0 <= i < j < n for i, j in chosen) and {(i, j) for i in range(n) for j in range(i + 1, min(n, i + 11))} <= chosen
+    assert len(chosen) <= min(n * (n - 1) // 2, 16 * n + 31 * 31 // 2 + 400)
+    assert any(i < 15 and j >= n - 15 for i, j in chosen)
+    assert len(sfm.pairs(n, sequential=False)) == n * (n - 1) // 2
+
+
+@COLMAP
+def test_a_folder_named_sfm_that_is_not_of_a_run_is_left_alone(photos, tmp_path, without_worker):
+    (tmp_path / "sfm").mkdir()
+    (tmp_path / "sfm" / "mine.txt").write_text("mine")
+    with pytest.raises(BadFile, match="holds files that are not of an earlier run"):
+        pose(photos, tmp_path)
+    assert (tmp_path / "sfm" / "mine.txt").read_text() == "mine"
 
 
 # What cannot be posed

@@ -273,12 +273,13 @@ def _photo_file(path: Path) -> Iterator[Image.Image]:
 
 def _decoder(path: Path, magic: bytes) -> Callable[[BinaryIO], Image.Image]:
     """What decodes a file that begins with `magic`."""
-    decoder = next((d for start, d in _DECODERS if magic.startswith(start) and (start != b"RIFF" or magic[8:] == b"WEBP")), None)
-    if decoder is None and magic[4:] in _HEIF:
+    if magic[4:] in _HEIF:
         try:
-            from pillow_heif import HeifImageFile as decoder
+            from pillow_heif import HeifImageFile
         except ImportError as e:
             raise BadFile(path, "", "is a HEIC picture, which needs the extra `heic`: pip install 'splatkit[heic]'") from e
+        return HeifImageFile
+    decoder = next((d for start, d in _DECODERS if magic.startswith(start) and (start != b"RIFF" or magic[8:] == b"WEBP")), None)
     if decoder is None:
         raise BadFile(path, "", "not a JPEG, PNG, WebP, TIFF or HEIC picture" if magic else "the file is empty")
     return decoder

@@ -162,7 +162,7 @@ def _copies(photos: list[Path], folder: Path, report: Report) -> dict[str, str]:
             as_it_is = isinstance(image, JpegImageFile | PngImageFile) and not turned
             if as_it_is:
                 if isinstance(image, JpegImageFile):
-                    image.draft("RGB", (width // 8, height // 8))     # decodes all of the file, but in a third of the time
+                    image.draft("RGB", (width // 8 or 1, height // 8 or 1))     # decodes all of the file, but in a third of the time
                 image.load()
         name = f"{camera:03d}/{i:05d}{path.suffix.lower() if as_it_is else '.jpg'}"
         copy = folder / name
@@ -193,7 +193,7 @@ def _lens_of(exif: bytes) -> tuple[str, ...]:
 
 
 def _upright(exif: bytes) -> Image.Exif:
-    """The same, for COLMAP to find the focal length in, without an orientation."""
+    """What COLMAP finds the focal length in, without the orientation."""
     tags = Image.Exif()
     try:
         tags.load(exif)

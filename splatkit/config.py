@@ -137,8 +137,8 @@ class Refine:
     """Fit the pose of each photo that trains."""
     focal: bool = False
     """Fit the focal length of each camera: one factor for all photos that share it."""
-    pose_lr: float = 1e-3
-    """Step size of poses at the first step: radians, and shares of the scene's extent; log-linear down to a hundredth at the last."""
+    pose_lr: float = 5e-4
+    """Step size of poses at the first step: radians, and shares of the scene's extent; falls to 0 at the last by half a cosine."""
     focal_lr: float = 1e-3
     """Step size of the focal lengths' logarithms at the first step; falls likewise."""
     start: float = 0.1
@@ -152,7 +152,7 @@ class Depth:
     source: Literal["none", "points", "sensor"] = "none"
     """Where the depth comes from: the sparse points that each photo sees, or the photos' depth pictures (depth_file_path of transforms.json)."""
     weight: float = 0.05
-    """Of the depth in the loss, at the first step; log-linear down to a hundredth at the last, where the photos know better."""
+    """Of the depth in the loss at the first step; falls to 0 at the last, where the photos know better, by half a cosine."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What the steps of a run change, and one step of it: picture, loss, gradients, optimiser."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from .growth import Fixed
 from .io import checkpoint
 from .io.depth import nearest_known
 from .metrics import inverse_depth_l1, l1_ssim
-from .optim import Adam, AttributeDecay, StateDecay, exponential_decay, sh_learning_rates
+from .optim import Adam, AttributeDecay, StateDecay, sh_learning_rates
 from .poses import Poses
 from .raster import RasterSettings, record, render, splat_gradients
 from .scene import Scene
@@ -112,8 +113,8 @@ class Fit:
             return torch.autograd.grad(weight * inverse_depth_l1(depth, view.depth, view.mask), depth)[0]
 
     def _falling(self) -> float:
-        """From 1 at the first step to a hundredth at the last."""
-        return exponential_decay(self.step, self.config.steps, 1.0, 0.01)
+        """From 1 at the first step to 0 at the last, by half a cosine."""
+        return (1 + math.cos(math.pi * self.step / self.config.steps)) / 2
 
     def _by_recorded_picture(self, view, background, sh_degree, settings, rate):
         """On a card. What is not finite is judged by the loss alone, and only where it is looked at anyway, every hundred steps: a look waits for the card."""

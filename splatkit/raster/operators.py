@@ -155,6 +155,19 @@ def _after_projection(counts, fields: tuple[Tensor, ...], world_to_cam: Tensor, 
     _capacity[key] = min(max(math.ceil(1.1 * needed) + 1024, math.ceil(0.98 * done)), PAIRS_MAX)     # shrinks slowly
 
 
+def project(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opacities: Tensor, sh: Tensor, world_to_cam: Tensor, K: Tensor, rows: Tensor | None,
+            width: int, height: int, sh_degree: int, settings: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """splats, order, radii, tiles and counts of sk_project; what is not finite is counted, not refused."""
+    lib, new = native.library_of(means), means.new_empty
+    C, N = world_to_cam.shape[0], means.shape[0]
+    splats, radii, order = new(C, N, SPLAT), new(C, N), torch.empty(C, N, dtype=torch.int32, device=means.device)
+    counts, tiles = (torch.empty(C, columns, dtype=torch.int64, device=means.device) for columns in (3, N))
+    lib.sk_project(N, C, width, height, sh_degree, sh.shape[1], settings, means.contiguous(), quats.contiguous(), log_scales.contiguous(),
+                   logit_opacities.contiguous(), sh.contiguous(), world_to_cam.contiguous(), K.contiguous(),
+                   rows.contiguous() if rows is not None else None, splats, order, radii, tiles, counts, *lib.room("PROJECT", N))
+    return splats, order, radii, tiles, counts
+
+
 def _rasterize(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opacities: Tensor, sh: Tensor, features: Tensor | None, world_to_cam: Tensor,
                K: Tensor, rows: Tensor | None, background: Tensor | None, width: int, height: int, sh_degree: int, settings: Tensor, outputs: int,
                stats: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -163,11 +176,7 @@ def _rasterize(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opacities
     C, N = world_to_cam.shape[0], means.shape[0]
     F = features.shape[1] if features is not None else 0
     new, ints = means.new_empty, functools.partial(torch.empty, dtype=torch.int64, device=means.device)
-    splats, radii, order = new(C, N, SPLAT), new(C, N), torch.empty(C, N, dtype=torch.int32, device=means.device)
-    counts, tiles = ints(C, 3), ints(C, N)
-    lib.sk_project(N, C, width, height, sh_degree, sh.shape[1], settings, means.contiguous(), quats.contiguous(), log_scales.contiguous(),
-                   logit_opacities.contiguous(), sh.contiguous(), world_to_cam.contiguous(), K.contiguous(),
-                   rows.contiguous() if rows is not None else None, splats, order, radii, tiles, counts, *lib.room("PROJECT", N))
+    splats, order, radii, tiles, counts = project(means, quats, log_scales, logit_opacities, sh, world_to_cam, K, rows, width, height, sh_degree, settings)
     tile_offsets, needed = ints(tile_count(C, width, height) + 1), ints(1)
     alpha = new(C, height, width)
     color = new(C, height, width, 3) if outputs & COLOR else new(0)
@@ -202,6 +211,22 @@ def _(means, quats, log_scales, logit_opacities, sh, features, world_to_cam, K, 
             new(tile_count(C, width, height) + 1, dtype=torch.int64))
 
 
+def project_vjp(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opacities: Tensor, sh: Tensor, world_to_cam: Tensor, K: Tensor, rows: Tensor | None,
+                width: int, height: int, sh_degree: int, settings: Tensor, radii: Tensor, v_splats: Tensor, want_sh: bool, want_pose: bool,
+                want_K: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of means, quats, log_scales, logit_opacities, sh, world_to_cam and K, from those of the splats; what is not wanted is empty."""
+    lib, new = native.library_of(means), means.new_empty
+    C, N = world_to_cam.shape[0], means.shape[0]
+    v_means, v_quats, v_log_scales, v_logits = new(N, 3), new(N, 4), new(N, 3), new(N)
+    v_sh = new(sh.shape) if want_sh else new(0)
+    v_pose, v_K = new(C, 4, 4) if want_pose else new(0), new(C, 3, 3) if want_K else new(0)
+    lib.sk_project_vjp(N, C, width, height, sh_degree, sh.shape[1], settings, means.contiguous(), quats.contiguous(), log_scales.contiguous(),
+                       logit_opacities.contiguous(), sh.contiguous(), world_to_cam.contiguous(), K.contiguous(), _given(rows), radii, v_splats,
+                       v_means, v_quats, v_log_scales, v_logits, _if(want_sh, v_sh), _if(want_pose, v_pose), _if(want_K, v_K),
+                       *lib.room("PROJECT_VJP", N if want_pose or want_K else 0))
+    return v_means, v_quats, v_log_scales, v_logits, v_sh, v_pose, v_K
+
+
 def _rasterize_vjp(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opacities: Tensor, sh: Tensor, features: Tensor | None, world_to_cam: Tensor,
                    K: Tensor, rows: Tensor | None, background: Tensor | None, width: int, height: int, sh_degree: int, settings: Tensor,
                    color: Tensor, alpha: Tensor, expected_depth: Tensor, features_out: Tensor, radii: Tensor, splats: Tensor, tiles: Tensor, counts: Tensor,
@@ -223,13 +248,8 @@ def _rasterize_vjp(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opaci
                      some(expected_depth), some(features_out), _given(v_color), _given(v_alpha), _given(v_expected_depth),
                      _given(v_features_out) if F else None, v_splats, _if(want_features and F, v_features), _if(want_background, v_background),
                      _if(want_stats, weights), *lib.room("BLEND_VJP", N, C, width, height, F, slots))
-    v_means, v_quats, v_log_scales, v_logits = new(N, 3), new(N, 4), new(N, 3), new(N)
-    v_sh = new(sh.shape) if want_sh else new(0)
-    v_pose, v_K = new(C, 4, 4) if want_pose else new(0), new(C, 3, 3) if want_K else new(0)
-    lib.sk_project_vjp(N, C, width, height, sh_degree, sh.shape[1], settings, means.contiguous(), quats.contiguous(), log_scales.contiguous(),
-                       logit_opacities.contiguous(), sh.contiguous(), world_to_cam.contiguous(), K.contiguous(), _given(rows), radii, v_splats,
-                       v_means, v_quats, v_log_scales, v_logits, _if(want_sh, v_sh), _if(want_pose, v_pose), _if(want_K, v_K),
-                       *lib.room("PROJECT_VJP", N if want_pose or want_K else 0))
+    v_means, v_quats, v_log_scales, v_logits, v_sh, v_pose, v_K = project_vjp(means, quats, log_scales, logit_opacities, sh, world_to_cam, K, rows, width, height,
+                                                                              sh_degree, settings, radii, v_splats, want_sh, want_pose, want_K)
     return v_means, v_quats, v_log_scales, v_logits, v_sh, v_features, v_pose, v_K, v_background, v_splats, weights
 
 

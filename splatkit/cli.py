@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import tyro
 
 from . import __version__, config
-from .errors import BadFile, SplatkitError
+from .errors import BadFile, EndedElsewhere, SplatkitError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nsplatkit: interrupted", file=sys.stderr)
         return 130
+    except EndedElsewhere:
+        return 2
     except (SplatkitError, ValueError, TypeError, OSError) as error:
         if os.environ.get("SPLATKIT_DEBUG") == "1":
             raise
@@ -86,8 +88,9 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
             result = reconstruct(settings, progress, progress.note)
         finally:
             progress.close()
-        print(result.short() if result else "no photo was held out; the scene is written")
-        print(f"scene: {settings.output / 'scene.ply'}")
+        if os.environ.get("RANK", "0") == "0":      # of the processes that torchrun started, one speaks
+            print(result.short() if result else "no photo was held out; the scene is written")
+            print(f"scene: {settings.output / 'scene.ply'}")
         return 0
 
     return reconstruct

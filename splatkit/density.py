@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from . import native
-from .scene import Edit, Scene, rotation_matrices
+from .scene import Edit, Part, Scene, rotation_matrices
 
 SH_CONSTANT = 0.28209479177387814                   # colour = 1/2 + SH_CONSTANT * sh[:, 0]
 OPACITY_MIN, OPACITY_MAX = 0.005, 1 - 2.0**-23      # of relocated Gaussians; the upper end is the largest that float32 tells from 1
@@ -164,13 +164,14 @@ def relocated_reference(logit_opacities: Float[Tensor, " M"], log_scales: Float[
 
 @torch.no_grad()
 def mcmc_noise(scene: Scene, learning_rate: float, noise_scale: float = 5e5,
-               generator: torch.Generator | None = None) -> Float[Tensor, "N 3"]:
+               generator: torch.Generator | None = None, part: Part | None = None) -> Float[Tensor, "N 3"]:
     """Random displacement of every mean, world units: Sigma n * gate(opacity) * noise_scale * learning_rate, n standard normal.
 
     gate = 1 / (1 + exp(-100 ((1 - opacity) - 0.995))), so only nearly transparent Gaussians wander (Kheradmand et al. 2024).
-    `learning_rate` is that of the means. A value, not an in-place change: pass it to Adam.step(displacement=...), the only writer.
+    `learning_rate` is that of the means. With `part`, `scene` is those rows of a larger one, whose numbers are drawn. A value, not an in-place change: pass it to Adam.step(displacement=...), the only writer.
     """
-    noise = torch.randn(scene.means.shape, dtype=scene.dtype, device=scene.device, generator=generator)
+    noise = torch.randn(part.total if part else len(scene), 3, dtype=scene.dtype, device=scene.device, generator=generator)
+    noise = part.of(noise) if part else noise
     if (library := native.library_for(noise)) is None:
         return mcmc_noise_reference(scene, noise, noise_scale * learning_rate)
     displacement = torch.zeros_like(noise)      # native code adds to means: to zero here

@@ -29,3 +29,11 @@ class BadConfig(SplatkitError):
 
 class Diverged(SplatkitError):
     """A run whose gradients stay not finite: at which step, of what, and where its last checkpoint is."""
+
+
+class ProcessLost(SplatkitError):
+    """A process of a run of several is gone without a word (killed, or its machine or network is): which one, and how to go on."""
+
+
+class EndedElsewhere(SplatkitError):
+    """Raised in all but the first process of a run of several that ends for a reason which the first one reports."""

@@ -19,8 +19,9 @@ from .io.depth import nearest_known
 from .metrics import inverse_depth_l1, l1_ssim
 from .optim import Adam, AttributeDecay, StateDecay, sh_learning_rates
 from .poses import Poses
-from .raster import RasterSettings, record, render, splat_gradients
-from .scene import Scene
+from .raster import RasterSettings, record, splat_gradients
+from .scene import Edit, Part, Scene
+from .shard import ALONE, Shard
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class View:
 
 @dataclass
 class Fit:
-    """Everything that the steps of a run change. `extent` is the radius of the cameras in world units."""
+    """Everything that the steps of a run change; in a run of several processes, this one's rows of it. `extent` is the radius of the cameras in world units."""
 
     config: Reconstruct
     extent: float
@@ -57,28 +58,49 @@ class Fit:
     order: torch.Generator      # shuffles the photos
     queue: list[int]            # those still to come in this round
     step: int = 0
+    shard: Shard = ALONE
+
+    @property
+    def gaussians(self) -> int:
+        """Of the whole scene."""
+        return self.adam.part.total if self.adam.part else len(self.scene)
+
+    def whole_scene(self) -> Scene:
+        """The scene of all processes, in the first one; for all of them to call."""
+        return self.scene.detach().map(self._collect)
 
     def save(self, folder: Path, values: dict) -> None:
-        parts = {"scene": self.scene.detach().fields(), "adam": self.adam.state_dict(), "growth": self.growth.state_dict(),
+        """Writes a checkpoint of the whole scene, by the first process; for all of them to call. Any number of processes can go on from it."""
+        parts = {"scene": self.whole_scene().fields(), "adam": {name: self._collect(x) if _by_row(name) else x for name, x in self.adam.state_dict().items()},
+                 "growth": {name: self._collect(x) if _by_row(name) else x for name, x in self.growth.state_dict().items()},
                  "exposures": self.exposures.state_dict() if self.exposures else {}, "poses": self.poses.state_dict() if self.poses else {},
                  "order": {"generator": self.order.get_state(), "queue": torch.tensor(self.queue, dtype=torch.int64)}}
+        if self.shard.rank != 0:
+            return
         folder.mkdir(exist_ok=True)
         checkpoint.save(folder, self.step, {f"{part}.{name}": x.cpu() for part, state in parts.items() for name, x in state.items()}, values)
 
     @staticmethod
-    def first(scene: Scene, growth: Fixed, config: Reconstruct, cameras: Sequence[Cameras]) -> Fit:
-        """The state before the first step; `cameras` are those of the photos that train, in order."""
+    def first(scene: Scene, growth: Fixed, config: Reconstruct, cameras: Sequence[Cameras], shard: Shard = ALONE) -> Fit:
+        """The state of the whole scene before the first step; `growth` is for all of its rows, `cameras` are those of the photos that train, in order."""
+        part = shard.part(len(scene))
+        if part:
+            scene = scene.map(part.of)
+            growth.map_stats(part.of)
+            growth.part = part
         exposures = Exposures(len(cameras), config.exposure_lr, scene.device) if config.exposure else None
         refine = config.refine
         poses = Poses(cameras, growth.extent, refine.pose_lr * refine.poses, refine.focal_lr * refine.focal) if refine.poses or refine.focal else None
-        return Fit(config, growth.extent, scene, _optimiser(scene, config, growth.extent), growth, exposures, poses, torch.Generator().manual_seed(config.seed), [])
+        return Fit(config, growth.extent, scene, _optimiser(scene, config, growth.extent, part), growth, exposures, poses,
+                   torch.Generator().manual_seed(config.seed), [], shard=shard)
 
     @staticmethod
-    def resumed(saved: checkpoint.Checkpoint, growth: Fixed, config: Reconstruct, cameras: Sequence[Cameras]) -> Fit:
+    def resumed(saved: checkpoint.Checkpoint, growth: Fixed, config: Reconstruct, cameras: Sequence[Cameras], shard: Shard = ALONE) -> Fit:
         part = lambda name: {k.removeprefix(name): x for k, x in saved.tensors.items() if k.startswith(name)}
-        fit = Fit.first(Scene(**part("scene.")).to(growth.device), growth, config, cameras)
-        fit.adam.load_state_dict(part("adam."))
-        fit.growth.load_state_dict(part("growth."))
+        growth.load_state_dict(part("growth."))
+        fit = Fit.first(Scene(**part("scene.")).to(growth.device), growth, config, cameras, shard)
+        own = fit.adam.part.of if fit.adam.part else lambda x: x
+        fit.adam.load_state_dict({name: own(x) if _by_row(name) else x for name, x in part("adam.").items()})
         if fit.exposures:
             fit.exposures.load_state_dict(part("exposures."))
         if fit.poses:
@@ -92,8 +114,33 @@ class Fit:
 
         Returns the photometric loss and the picture before the step, and the fields whose gradient was not finite: then no step was taken.
         """
-        go = self._by_recorded_picture if records(self.scene, self.config) else self._by_autograd
+        go = self._by_recorded_picture if records(self.scene, self.config) and self.shard.world == 1 else self._by_autograd
         return go(view, background, sh_degree, settings, rate)
+
+    def grow(self, step: int) -> None:
+        """Ends a step with the changes of rows that are due. The processes that share a scene each work out the change of all of it: they hold the whole
+        scene, and one tensor of the moments after the other, for a moment."""
+        due = self.shard.world > 1 and self.growth.due(step)
+        whole = self._gather if due else lambda x: x
+        if due:
+            self.growth.map_stats(whole)
+        scene, edit = self.growth.after_step(self.scene.detach().map(whole), step)
+        part = self.shard.part(len(scene)) if due else None
+        if part:
+            scene = scene.map(part.of)
+            self.growth.map_stats(part.of)
+            edit = edit and Edit(part.of(edit.source), part.of(edit.fresh), edit.reset)
+        if edit is not None:
+            self.adam.follow(edit, whole=whole)
+        if part:
+            self.adam.part = self.growth.part = part
+        self.scene, self.step = scene, step
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return self.shard.gather(x, self.gaussians)
+
+    def _collect(self, x: Tensor) -> Tensor:
+        return self.shard.collect(x, self.gaussians)
 
     def _loss(self, color: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor]:
         """The photometric loss of a picture, its gradient by that, and the picture as this photo's exposure has it."""
@@ -131,7 +178,7 @@ class Fit:
         if self.poses:
             camera = self.poses.camera(camera, view.place)
         moving = self.poses is not None and self.step >= self.config.refine.start * self.config.steps
-        out = render(scene, camera, outputs=("color",) if view.depth is None else ("color", "expected_depth"), background=background, sh_degree=sh_degree,
+        out = self.shard.render(scene, camera, outputs=("color",) if view.depth is None else ("color", "expected_depth"), background=background, sh_degree=sh_degree,
                      settings=settings, stats=self.growth.stats, backend=self.config.backend)
         loss, v_color, seen = self._loss(out.color[0], view)
         results, v_results = [out.color], [v_color[None]]
@@ -141,7 +188,8 @@ class Fit:
         values = torch.autograd.grad(results, wanted, v_results)
         grads = dict(zip(scene.fields(), values))
         scene = scene.detach()
-        if bad := [name for name, g in grads.items() if not bool(torch.isfinite(g.sum()))]:
+        unfit = self.shard.any([not bool(torch.isfinite(g.sum())) for g in grads.values()])
+        if bad := [name for name, is_unfit in zip(grads, unfit) if is_unfit]:
             for x in vars(self.growth.stats).values() if self.growth.stats else ():
                 x.nan_to_num_(0, 0, 0)
             return loss, seen, bad
@@ -159,10 +207,15 @@ def records(scene: Scene, config: Reconstruct) -> bool:
     return scene.means.is_cuda and config.backend in ("auto", "cuda") and colour_alone
 
 
-def _optimiser(scene: Scene, config: Reconstruct, extent: float) -> Adam:
+def _by_row(name: str) -> bool:
+    """Whether an entry of a state_dict has one value for each Gaussian."""
+    return name == "row_steps" or name.startswith(("m.", "v.", "stats."))
+
+
+def _optimiser(scene: Scene, config: Reconstruct, extent: float, part: Part | None) -> Adam:
     lr, adamw, at = config.lr, config.adamw, lambda share: round(share * config.steps)
     rates = {"means": lr.means * extent, "quats": lr.quats, "log_scales": lr.log_scales, "logit_opacities": lr.logit_opacities,
              "sh": sh_learning_rates((config.sh_degree + 1) ** 2, lr.sh_dc, lr.sh_rest)}
     decay = AttributeDecay(adamw.opacity_strength, adamw.scale_strength, adamw.ceiling, (at(adamw.opacity_from), at(adamw.until)), (at(adamw.scale_from), at(adamw.until)))
     shrink = StateDecay(adamw.state_every, (at(adamw.scale_from), at(adamw.until)), ((0, adamw.state_share), (at(adamw.state_late_from), adamw.state_share_late)))
-    return Adam(scene, rates, attribute_decay=decay if adamw.attribute_decay else None, state_decay=shrink if adamw.state_decay else None, seed=config.seed + 2)
+    return Adam(scene, rates, attribute_decay=decay if adamw.attribute_decay else None, state_decay=shrink if adamw.state_decay else None, seed=config.seed + 2, part=part)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import native
 from .raster import Recorded
-from .scene import LOG_SCALE_MAX, LOG_SCALE_MIN, Edit, Group, Scene
+from .scene import LOG_SCALE_MAX, LOG_SCALE_MIN, Edit, Group, Part, Scene
 
 LearningRates = Mapping[Group, float | Float[Tensor, " columns"]]
 
@@ -80,18 +80,18 @@ class Adam:
 
     It owns the moments `m` and `v`, shaped like their fields, the steps that each row has taken (`row_steps` [N]) and their number
     in all (`steps_taken`); the scene stays a plain value. Groups without a learning rate are frozen: they have no state, and a
-    gradient for them is ignored. Rows change by `follow` only. What a run does not change (rates, betas, eps, switches) comes from its
+    gradient for them is ignored. Rows change by `follow` only. With `part`, the scene is those rows of a larger one. What a run does not change (rates, betas, eps, switches) comes from its
     configuration and is not part of `state_dict`.
     """
 
     def __init__(self, scene: Scene, learning_rates: LearningRates, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-15,
-                 attribute_decay: AttributeDecay | None = None, state_decay: StateDecay | None = None, seed: int = 0):
+                 attribute_decay: AttributeDecay | None = None, state_decay: StateDecay | None = None, seed: int = 0, part: Part | None = None):
         fields = scene.fields()
         if unknown := set(learning_rates) - set(fields):
             raise ValueError(f"learning rates for {sorted(unknown)}; expected some of {sorted(fields)}")
         if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps >= 0):
             raise ValueError(f"betas {betas} and eps {eps}; expected 0 <= beta < 1 and eps >= 0")
-        self.betas, self.eps, self.attribute_decay, self.state_decay = betas, eps, attribute_decay, state_decay
+        self.betas, self.eps, self.attribute_decay, self.state_decay, self.part = betas, eps, attribute_decay, state_decay, part
         self.learning_rates = {group: _per_column(rate, fields[group], group) for group, rate in learning_rates.items()}
         self.steps_taken = 0
         self.row_steps = torch.zeros(len(scene), dtype=torch.int32, device=scene.device)
@@ -175,22 +175,26 @@ class Adam:
             scene.means.add_(displacement)
         if self.state_decay and (share := self.state_decay.share(self.steps_taken)):
             # A permutation: torch.multinomial refuses more than 2^24 rows.
-            rows = torch.randperm(len(scene), generator=self.generator)[:math.floor(share * len(scene))].to(scene.device)
+            n = self.part.total if self.part else len(scene)
+            rows = torch.randperm(n, generator=self.generator)[:math.floor(share * n)].to(scene.device)
+            if self.part:
+                rows = rows[(rows >= self.part.first) & (rows < self.part.last)] - self.part.first
             for moments, keep in ((self.m, self.state_decay.keep_m), (self.v, self.state_decay.keep_v)):
                 for x in moments.values():
                     x[rows] = x[rows] * keep
 
-    def follow(self, edit: Edit, fresh_steps: Literal["inherit", "zero"] = "inherit") -> None:
+    def follow(self, edit: Edit, fresh_steps: Literal["inherit", "zero"] = "inherit", whole: Callable[[Tensor], Tensor] = lambda x: x) -> None:
         """Carries the state through an edit: rows from `edit.source`; moments are zero where fresh and in every row of a group in
         `edit.reset`. Fresh rows inherit the step count of their source, so that their first steps are as large as those of Adam with
-        one counter for all; "zero" starts them at one learning rate a step."""
-        self.row_steps = self.row_steps[edit.source]
+        one counter for all; "zero" starts them at one learning rate a step. `whole` makes what `edit.source` counts rows of out of
+        this state, one tensor after the other: where this is a part of a larger scene, from all its parts."""
+        self.row_steps = whole(self.row_steps)[edit.source]
         if fresh_steps == "zero":
             self.row_steps[edit.fresh] = 0
             self._even = None
         for moments in (self.m, self.v):
             for group in moments:
-                moments[group] = moments[group][edit.source]
+                moments[group] = whole(moments[group])[edit.source]
                 moments[group][edit.fresh] = 0
                 if group in edit.reset:
                     moments[group].zero_()

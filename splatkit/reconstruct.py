@@ -1,10 +1,12 @@
 """Photos to a scene: the loop that fits it and writes the run folder."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from .optim import exponential_decay
 from .paths import estimate_up
 from .scene import Scene
 from .sfm import pose
+from .shard import Shard, joined, versions
 from .views import raster_settings, views_of, working_device
 
 PHOTO_CACHE_BYTES = 2 << 30
@@ -45,11 +48,23 @@ def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **
     what the user should know about the photos. On Ctrl-C the scene so far is written before KeyboardInterrupt goes on. Returns the
     evaluation, None when no photo is held out.
 
+    Under torchrun its processes share the scene (`shard`), on the CPU or on a card each. The first one reports, writes the run folder, and
+    evaluates, for which it holds the whole scene; all must see the photos and the run folder. Another number of processes may resume.
+
     Raises BadFile for what is wrong with the photos or poses or where another process works in the run folder, BadConfig where a
-    checkpoint to resume was made with other settings, BackendUnavailable where only the slow reference could draw.
+    checkpoint to resume was made with other settings, BackendUnavailable where only the slow reference could draw; ProcessLost and
+    EndedElsewhere as `shard.joined` says.
     """
+    with joined() as shard:
+        first = shard.rank == 0
+        return _reconstruct(config, report if first else lambda *a, **k: None, say if first else silent, shard)
+
+
+def _reconstruct(config: Reconstruct, report: Callable[..., None], say: Report, shard: Shard) -> Evaluation | None:
     working_device(config)          # before anything that takes long
     if is_bare(config.data):
+        if shard.world > 1:
+            raise BadFile(config.data, "", "photos without poses, and several processes: start with one process, which finds them, then the same run folder with several")
         pose(config.data, config.output, config.sfm, say, keep=config.resume and (config.output / "checkpoint").is_dir())
     views = views_of(config, say)
     train, held = views.capture.split(config.hold_every)
@@ -59,14 +74,15 @@ def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **
         raise BadFile(config.data, "points3D", "--depth.source points needs sparse points with the photos that see them, as a COLMAP model has; leave it out, or take sensor")
     if config.depth.source == "sensor" and not any(views.capture.photos[i].depth for i in train):
         raise BadFile(config.data, "depth_file_path", "--depth.source sensor needs depth pictures, and no photo has one; leave it out, or take points")
+    shard.check(views.device, config.backend)
     run = config.output
     run.mkdir(parents=True, exist_ok=True)
-    with checkpoint.lock(run):
-        scene = _fit(views, train, config, report, say)
-        return compare(scene, views, held, config, run / "eval") if held else None
+    with checkpoint.lock(run) if shard.rank == 0 else contextlib.nullcontext():
+        scene = _fit(views, train, config, report, say, shard)
+        return compare(scene, views, held, config, run / "eval") if held and shard.rank == 0 else None
 
 
-def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[..., None], say: Report) -> Scene:
+def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[..., None], say: Report, shard: Shard) -> Scene:
     run, start = config.output, time.monotonic()
     cameras = {i: views.camera(i) for i in train}
     bytes_per_photo = 12 * max(c.width * c.height for c in cameras.values())
@@ -81,23 +97,29 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
     if saved:
         _check_same_run(saved, made_with)
         growth = KINDS[config.densification](config, extent, 0, views.device)
-        fit = Fit.resumed(saved, growth, config, list(cameras.values()))
+        fit = Fit.resumed(saved, growth, config, list(cameras.values()), shard)
     else:
         scene = first_scene(views.capture, train, config, say).to(views.device)
         growth = KINDS[config.densification](config, extent, len(scene), views.device)
-        shutil.rmtree(run / "checkpoint", ignore_errors=True)
-        fit = Fit.first(scene, growth, config, list(cameras.values()))
-    configs.save(config, run / "config.yaml")
-    _keep_lines(run / "metrics.jsonl", fit.step)
+        fit = Fit.first(scene, growth, config, list(cameras.values()), shard)
+    shard.agree({**made_with, "poses": torch.cat([x.flatten() for c in cameras.values() for x in (c.world_to_cam, c.K)]),
+                 "sparse points": torch.from_numpy(views.capture.points), "checkpoint": (fit.step, fit.gaussians), "versions": versions()})
+    if shard.rank == 0:
+        if not saved:
+            shutil.rmtree(run / "checkpoint", ignore_errors=True)
+        configs.save(config, run / "config.yaml")
+        _keep_lines(run / "metrics.jsonl", fit.step)
 
     def save() -> None:
-        io.save(run / "scene.ply", fit.scene.detach().to("cpu"), SceneHeader(settings.changed(), up, False, source, fit.step))
-        if fit.poses:
-            fit.poses.save(run / "cameras.json", [views.capture.photos[i] for i in train])
+        scene = fit.whole_scene()
+        if shard.rank == 0:
+            io.save(run / "scene.ply", scene.to("cpu"), SceneHeader(settings.changed(), up, False, source, fit.step))
+            if fit.poses:
+                fit.poses.save(run / "cameras.json", [views.capture.photos[i] for i in train])
 
     skipped = 0
     try:
-        with (run / "metrics.jsonl").open("a") as log:
+        with (run / "metrics.jsonl" if shard.rank == 0 else Path(os.devnull)).open("a") as log:
             for step in range(fit.step + 1, config.steps + 1):
                 fit.queue = fit.queue or [train[i] for i in torch.randperm(len(train), generator=fit.order).tolist()]
                 i = fit.queue.pop()
@@ -112,25 +134,21 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
                 if skipped == SKIPS_MAX:
                     raise Diverged(f"{run}: the gradients of {', '.join(bad)} were not finite in {SKIPS_MAX} steps in a row, up to step {step}; the last checkpoint "
                                    "and scene.ply are as they were before: lower the learning rates (--lr.*) and go on with --resume, or start anew")
-                scene = fit.scene.detach()
-                fit.scene, edit = growth.after_step(scene, step)
-                if edit is not None:
-                    fit.adam.follow(edit)
-                fit.step = step
+                fit.grow(step)
                 if step % 100 == 0 or step == config.steps:
                     mse = float((color - seen.photo)[slice(None) if seen.mask is None else seen.mask].square().mean())
-                    record = {"step": step, "loss": float(loss), "psnr_train": -10 * math.log10(max(mse, 1e-12)), "gaussians": len(fit.scene),
+                    record = {"step": step, "loss": float(loss), "psnr_train": -10 * math.log10(max(mse, 1e-12)), "gaussians": fit.gaussians,
                               "seconds": round(time.monotonic() - start, 3)}
                     log.write(json.dumps(record) + "\n")
                     log.flush()
-                    report(step, len(fit.scene), psnr=record["psnr_train"])
+                    report(step, fit.gaussians, psnr=record["psnr_train"])
                 if step % config.save_every == 0 or step == config.steps:
                     save()
                     fit.save(run / "checkpoint", made_with)
     except KeyboardInterrupt:
         save()
         raise
-    return fit.scene
+    return fit.whole_scene()
 
 
 def _check_same_run(saved: checkpoint.Checkpoint, made_with: dict) -> None:

@@ -137,6 +137,19 @@ class Edit:
         return Edit(self.source[later.source], self.fresh[later.source] | later.fresh, tuple(dict.fromkeys(self.reset + later.reset)))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows first <= row < last of a scene of `total`: what one of several processes holds."""
+
+    first: int
+    last: int
+    total: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """These rows of a per-row quantity of the whole scene, as a copy."""
+        return x[self.first:self.last].clone()
+
+
 def sh_basis(directions: Float[Tensor, "*B 3"], degree: int) -> Float[Tensor, "*B K"]:
     """Real spherical harmonics up to `degree` (0 to 3) of unit directions, in the order and signs of Kerbl et al. 2023."""
     x, y, z = directions.unbind(-1)

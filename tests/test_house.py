@@ -16,7 +16,7 @@ FLOORS = [      # imports point down or stay on their floor
     {"scene", "camera", "capture", "errors", "config", "native", "_compat"},
     {"raster", "io"},
     {"optim", "adc", "density", "metrics", "lpips", "exposure", "poses", "rooms", "paths", "film", "views"},
-    {"growth"},
+    {"growth", "shard"},
     {"fit", "initial"},
     {"reconstruct", "evaluation", "sfm", "sfm_worker"},
     {"lift"},

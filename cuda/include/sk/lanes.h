@@ -13,9 +13,10 @@ namespace sk {
 #endif
 typedef SK_REAL real;
 template <size_t size> struct IntOf;
-template <> struct IntOf<4> { using type = int32_t; };
-template <> struct IntOf<8> { using type = int64_t; };
+template <> struct IntOf<4> { using type = int32_t; using bits = uint32_t; };
+template <> struct IntOf<8> { using type = int64_t; using bits = uint64_t; };
 typedef IntOf<sizeof(real)>::type ireal;
+typedef IntOf<sizeof(real)>::bits ureal;
 #if defined(__AVX512F__)
 #define SK_VECTOR_BYTES 64
 #elif defined(__AVX2__)
@@ -25,6 +26,7 @@ typedef IntOf<sizeof(real)>::type ireal;
 #endif
 typedef real Lanes __attribute__((vector_size(SK_VECTOR_BYTES)));
 typedef ireal IntLanes __attribute__((vector_size(SK_VECTOR_BYTES)));
+typedef ureal BareLanes __attribute__((vector_size(SK_VECTOR_BYTES)));
 constexpr int W = SK_VECTOR_BYTES / sizeof(real);
 constexpr bool is_float = sizeof(real) == 4;
 
@@ -95,19 +97,25 @@ SK_FN Lanes load(const real* p) { Lanes v; __builtin_memcpy(&v, p, sizeof v); re
 SK_FN void store(real* p, Lanes v) { __builtin_memcpy(p, &v, sizeof v); }
 SK_FN IntLanes to_bits(Lanes a) { return (IntLanes)a; }
 SK_FN Lanes from_bits(IntLanes i) { return (Lanes)i; }
+SK_FN IntLanes shifted(IntLanes i, int bits) { return (IntLanes)((BareLanes)i << bits); }
+SK_FN IntLanes added(IntLanes a, IntLanes b) { return (IntLanes)((BareLanes)a + (BareLanes)b); }
 
 // Four neighbouring columns of W rows, row i being base + rows[i] * stride, to four registers (lane i = row i) and back. Only the first
 // `columns` are read or written. Not by gather: with the microcode of 2023 against its leak, one costs 58 cycles on some processors.
 #if defined(__SSE4_1__)
 SK_FN __m128 load_quad(const float* p, int columns) {
   if (columns >= 4) return _mm_loadu_ps(p);
-  if (columns == 3) return _mm_insert_ps(_mm_castpd_ps(_mm_load_sd((const double*)p)), _mm_load_ss(p + 2), 0x20);
-  return columns == 2 ? _mm_castpd_ps(_mm_load_sd((const double*)p)) : _mm_load_ss(p);
+  if (columns == 1) return _mm_load_ss(p);
+  double two;   // p need not be aligned for it
+  __builtin_memcpy(&two, p, sizeof two);
+  const __m128 pair = _mm_castpd_ps(_mm_set_sd(two));
+  return columns == 3 ? _mm_insert_ps(pair, _mm_load_ss(p + 2), 0x20) : pair;
 }
 SK_FN void store_quad(float* p, int columns, __m128 v) {
   if (columns >= 4) return _mm_storeu_ps(p, v);
   if (columns == 1) return _mm_store_ss(p, v);
-  _mm_store_sd((double*)p, _mm_castps_pd(v));
+  const double two = _mm_cvtsd_f64(_mm_castps_pd(v));
+  __builtin_memcpy(p, &two, sizeof two);
   if (columns == 3) _mm_store_ss(p + 2, _mm_movehl_ps(v, v));
 }
 SK_FN void transpose_quads(Lanes& a, Lanes& b, Lanes& c, Lanes& d) {   // 4 x 4 within every 128 bits
@@ -200,8 +208,8 @@ template <int K> SK_FN Pack<K> operator*(Pack<K> a, Pack<K> b) { SK_EACH(Pack<K>
 template <int K> SK_FN Pack<K> operator+(Pack<K> a, real b) { SK_EACH(Pack<K>, a.v[k] + b); }
 template <int K> SK_FN Pack<K> operator-(Pack<K> a, real b) { SK_EACH(Pack<K>, a.v[k] - b); }
 template <int K> SK_FN Pack<K> operator*(Pack<K> a, real b) { SK_EACH(Pack<K>, a.v[k] * b); }
-template <int K> SK_FN PackInt<K> operator+(PackInt<K> a, PackInt<K> b) { SK_EACH(PackInt<K>, a.v[k] + b.v[k]); }
-template <int K> SK_FN PackInt<K> operator<<(PackInt<K> a, int n) { SK_EACH(PackInt<K>, a.v[k] << n); }
+template <int K> SK_FN PackInt<K> added(PackInt<K> a, PackInt<K> b) { SK_EACH(PackInt<K>, added(a.v[k], b.v[k])); }
+template <int K> SK_FN PackInt<K> shifted(PackInt<K> a, int n) { SK_EACH(PackInt<K>, shifted(a.v[k], n)); }
 template <int K> SK_FN PackInt<K> to_bits(Pack<K> a) { SK_EACH(PackInt<K>, to_bits(a.v[k])); }
 template <int K> SK_FN Pack<K> from_bits(PackInt<K> a) { SK_EACH(Pack<K>, from_bits(a.v[k])); }
 template <int K> SK_FN PackMask<K> less(Pack<K> a, Pack<K> b) { SK_EACH(PackMask<K>, less(a.v[k], b.v[k])); }

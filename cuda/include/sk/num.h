@@ -18,14 +18,13 @@ template <class T> SK_FN T ceil_of(T x) { return -floor_of(-x); }
 
 // 2^x for exponent_min <= x <= 126 (double: 1022); anything else gives garbage that the caller masks. Float: 1e-7, double: 4e-16 relative.
 template <class T> SK_FN T exp2_in_range(T x) {
-  typedef typename Traits<T>::Int Int;
   if (sizeof(Scalar<T>) == 4) {
     const Scalar<T> magic = (Scalar<T>)12582912.0;   // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     T n = x + magic;
     T f = x - (n - magic);
     T p = ((((f * (Scalar<T>)0.0013276472632 + (Scalar<T>)0.00967554134312) * f + (Scalar<T>)0.0555071327186) * f + (Scalar<T>)0.240221197237) * f
            + (Scalar<T>)0.693146967065) * f + (Scalar<T>)1.00000007165;
-    return from_bits((Int)(to_bits(p) + (to_bits(n) << 23)));
+    return from_bits(added(to_bits(p), shifted(to_bits(n), 23)));
   } else {
     const Scalar<T> magic = (Scalar<T>)6755399441055744.0;   // 1.5 * 2^52
     T n = x + magic;
@@ -34,7 +33,7 @@ template <class T> SK_FN T exp2_in_range(T x) {
                           0.00015403530462514432062, 0.000015252733489988525649, 1.321543308967639918e-6, 1.0178198021671930844e-7, 7.0741056135081427963e-9, 4.4352827069572771511e-10};
     T p = splat_of<T>(c[11]);
     for (int i = 10; i >= 0; i--) p = p * f + (Scalar<T>)c[i];
-    return from_bits((Int)(to_bits(p) + (to_bits(n) << (sizeof(Scalar<T>) == 4 ? 23 : 52))));
+    return from_bits(added(to_bits(p), shifted(to_bits(n), 52)));
   }
 }
 
@@ -62,14 +61,14 @@ template <class T> SK_FN T log2(T x) {
   // Split x = m 2^k with m in [sqrt(1/2), sqrt(2)); the bits of sqrt(1/2) make the cut.
   Int one_half = to_bits(x) - (Int)(to_bits(splat_of<T>(0.70710678118654752440)));
   Int k = one_half >> shift;
-  T m = from_bits((Int)(to_bits(x) - (k << shift)));
+  T m = from_bits((Int)(to_bits(x) - shifted(k, shift)));
   T s = (m - (Scalar<T>)1) / (m + (Scalar<T>)1), s2 = s * s;   // log m = 2 atanh s, |s| <= 0.1716
   const int terms = single ? 4 : 11;
   T p = splat_of<T>(1.0 / (2 * terms + 1));
   for (int i = terms - 1; i >= 0; i--) p = p * s2 + (Scalar<T>)(1.0 / (2 * i + 1));
   // k as a number: an integer added to the bits of the magic constant.
   const Scalar<T> magic = single ? (Scalar<T>)12582912.0 : (Scalar<T>)6755399441055744.0;
-  T kf = from_bits((Int)(to_bits(splat_of<T>(magic)) + k)) - magic;
+  T kf = from_bits(added(to_bits(splat_of<T>(magic)), k)) - magic;
   return kf + s * p * (Scalar<T>)(2 * LOG2E);
 }
 

@@ -223,8 +223,9 @@ template <class T> SK_FN GaussianVjp<T> project_vjp(const View<Scalar<T>>& w, co
   out.cy = v_y - v_v_limit;
   out.fx = o.u_raw * v_x + o.iz * v_kx - o.u * v_u_limit;
   out.fy = o.v_raw * v_y + o.iz * v_ky - o.v * v_v_limit;
-  const T v_iz = w.fx * v_kx + w.fy * v_ky + o.t.x * v_u_raw + o.t.y * v_v_raw;
-  const Vec3<T> v_t = {o.iz * v_u_raw, o.iz * v_v_raw, v_z - o.iz * o.iz * v_iz};
+  // Slopes, not places times 1 / depth: of a centre at 1e30 the latter overflow before they cancel.
+  const T by_depth = o.iz * (w.fx * v_kx + w.fy * v_ky) + o.u_raw * v_u_raw + o.v_raw * v_v_raw;
+  const Vec3<T> v_t = {o.iz * v_u_raw, o.iz * v_v_raw, v_z - o.iz * by_depth};
 
   const Mat3<T> r = rotation_of<T>(w);
   const Mat3<T> v_n = {transposed_times(r, Vec3<T>{v_p.r0.x, v_p.r1.x, v_p.r2.x}), transposed_times(r, Vec3<T>{v_p.r0.y, v_p.r1.y, v_p.r2.y}),

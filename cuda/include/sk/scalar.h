@@ -73,6 +73,11 @@ SK_FN int32_t to_bits(float a) { int32_t i; __builtin_memcpy(&i, &a, 4); return 
 SK_FN int64_t to_bits(double a) { int64_t i; __builtin_memcpy(&i, &a, 8); return i; }
 SK_FN float from_bits(int32_t i) { float a; __builtin_memcpy(&a, &i, 4); return a; }
 SK_FN double from_bits(int64_t i) { double a; __builtin_memcpy(&a, &i, 8); return a; }
+// << and + of bits: what leaves at the top is lost, which the operators of signed numbers may not do.
+SK_FN int32_t shifted(int32_t i, int bits) { return (int32_t)((uint32_t)i << bits); }
+SK_FN int64_t shifted(int64_t i, int bits) { return (int64_t)((uint64_t)i << bits); }
+SK_FN int32_t added(int32_t a, int32_t b) { return (int32_t)((uint32_t)a + (uint32_t)b); }
+SK_FN int64_t added(int64_t a, int64_t b) { return (int64_t)((uint64_t)a + (uint64_t)b); }
 
 // The value itself, rounded: keeps a compiler from fusing the product inside with a sum outside.
 SK_FN float rounded_product(float a, float b) {

@@ -298,7 +298,8 @@ def _read(path: Path) -> dict:
         raise BadConfig(f"{path}: cannot be read: {getattr(why, 'strerror', None) or why}") from why
     except (yaml.YAMLError, ValueError) as why:     # ValueError: a date like 2024-99-99
         mark = getattr(why, "problem_mark", None)
-        raise BadConfig(f"{path}: {f'line {mark.line + 1}: ' if mark else ''}{getattr(why, 'problem', None) or why}") from why
+        said = " ".join(str(getattr(why, "problem", None) or why).split())      # a character that YAML does not allow is told in two lines
+        raise BadConfig(f"{path}: {f'line {mark.line + 1}: ' if mark else ''}{said}") from why
     if values is not None and not isinstance(values, dict):
         raise BadConfig(f"{path}: got {_show(values)}; expected lines like `steps: 3000`")
     return values or {}

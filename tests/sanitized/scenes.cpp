@@ -284,7 +284,7 @@ void draw_random(uint64_t seed) {
     }
   const bool harmed = g.one_in(3);
   const std::vector<std::vector<double>> extremes = {
-      {0, 1e30, -1e30, 1e6, 1e-30, 0.01, 0.0100001, 1e12}, {0, 1e-30, 1e30, -1e30, 1e-20, 1e18}, {-100, 50, -30, 30, 10, 1e30, -1e30, 5}, {100, -100, 1e30, -1e30, 20, -20}, {1e12, -1e12, 0, 1e-30}};
+      {0, 1e30, -1e30, 1e6, 1e-30, 0.01, 0.0100001, 1e12}, {0, 1e-30, 1e30, -1e30, 1e-20, 1e18}, {-100, 50, -30, 30, 10, 1e30, -1e30, 5}, {100, -100, 1e30, -1e30, 20, -20}, {1e4, -1e4, 0, 1e-30}};   // 1e12 at a scale of e^30 has gradients beyond float32
   int field = 0;
   for (auto [name, x] : d.geometry()) {
     const int rarity = g.any<int>({3, 20, 200, 1 << 30});

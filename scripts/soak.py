@@ -1,0 +1,78 @@
+"""Reliability at length: fuzzed readers, killed runs, sanitized scenes; prints one table. The tests run the same in small.
+
+    python scripts/soak.py                               everything
+    python scripts/soak.py --only fuzz --mutants 5000    one part: fuzz, kills, operations or sanitizers
+"""
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from fuzzing import READERS, fuzz           # noqa: E402: of the tests' folder
+from killing import tried                   # noqa: E402
+from sanitized.build import build, draw     # noqa: E402
+
+Row = tuple[str, str, bool]     # what was tried, what became of it, whether that is good
+
+
+def fuzzed(options) -> Iterator[Row]:
+    for name in READERS:
+        with tempfile.TemporaryDirectory() as folder:
+            v = fuzz(name, options.mutants, options.seed, Path(folder))
+        for line in v.wrong[:10]:
+            print(line, file=sys.stderr)
+        yield (f"{name}: {options.mutants:,} mutants", f"{v.taken:,} taken, {v.refused:,} refused, {len(v.wrong)} wrong; slowest {v.slowest:.2f} s, memory {v.memory >> 20} MiB", not v.wrong)
+
+
+def killed(options) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        said = tried("kills", folder, options.kills, options.seed, timeout=60 + 10 * options.kills)
+    good = not said["differing"] and said["steps lost at most"] <= said["save_every"]
+    yield (f"{said['kills']} SIGKILLs in {said['runs']} runs", f"{said['resumes']} resumes, {len(said['differing'])} differ, at most {said['steps lost at most']} steps lost "
+           f"at a save every {said['save_every']}", good)
+
+
+def stopped(options) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        said = tried("operations", folder, 1, timeout=1200)
+    yield f"stopped at each of {said['operations']} file operations", f"{len(said['differing'])} resumed runs differ", not said["differing"]
+
+
+def sanitized(options) -> Iterator[Row]:
+    for real in ("float", "double"):
+        with tempfile.TemporaryDirectory() as folder:
+            program = build(Path(folder), real, "-O1")
+            try:
+                said, good = draw(program, options.seed, options.scenes, timeout=60 + options.scenes).strip(), True
+            except AssertionError as why:
+                said, good = str(why)[:2000], False
+        yield f"sanitizers, {real}", said, good
+
+
+PARTS = {"fuzz": fuzzed, "kills": killed, "operations": stopped, "sanitizers": sanitized}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part; may be given several times")
+    parser.add_argument("--mutants", type=int, default=20_000, help="of each reader's files")
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--scenes", type=int, default=20_000, help="random scenes of each precision under the sanitizers")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    all_good = True
+    print("| what | result | seconds | |\n|---|---|---|---|")
+    for name in options.only or PARTS:
+        start = time.monotonic()
+        for what, became, good in PARTS[name](options):
+            print(f"| {what} | {became} | {time.monotonic() - start:.0f} | {'ok' if good else 'FAILED'} |", flush=True)
+            start, all_good = time.monotonic(), all_good and good
+    return 0 if all_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

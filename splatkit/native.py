@@ -217,7 +217,16 @@ def library_of(x: Tensor) -> Library:
     return cuda_library(x.dtype) if x.is_cuda else cpu_library(x.dtype)
 
 
-@torch.compiler.assume_constant_result      # the answer does not change within a process, and tracing must not look into files
+def constant_when_traced(function):
+    """torch.compiler.assume_constant_result, by the mark that it leaves, without importing the compiler: that takes as long as torch itself.
+
+    For answers that do not change within a process, where tracing must not look into files.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_when_traced
 def library_for(x: Tensor) -> Library | None:
     """The library that works on tensors like x, or None where torch has to do: no library, or another device or dtype."""
     try:

@@ -19,7 +19,7 @@ from .types import OUTPUTS, RasterSettings, RasterStats, RenderOutput
 __all__ = ["OUTPUTS", "RasterSettings", "RasterStats", "Recorded", "RenderOutput", "backends", "record", "render", "splat_gradients", "uplift"]
 
 
-@torch.compiler.assume_constant_result      # tracing must not look into files
+@native.constant_when_traced
 def _cpu_reason(dtype: torch.dtype = torch.float32) -> str | None:
     try:
         native.cpu_library(dtype)
@@ -28,7 +28,7 @@ def _cpu_reason(dtype: torch.dtype = torch.float32) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@native.constant_when_traced
 def _cuda_reason() -> str | None:
     try:
         native.cuda_library()

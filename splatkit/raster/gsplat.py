@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..camera import Cameras
+from ..native import constant_when_traced
 from ..scene import Scene, unit_quats
 from .types import RasterSettings, RasterStats, RenderOutput
 
@@ -18,7 +19,7 @@ from .types import RasterSettings, RasterStats, RenderOutput
 FIXED = {"alpha_min": 1 / 255, "alpha_max": 0.99, "transmittance_min": 1e-4, "fov_margin": 0.3, "deterministic": False}
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def gsplat_reason() -> str | None:
     """Why gsplat cannot run here, or None. Its kernels are compiled when it draws for the first time: minutes, and nvcc is needed."""
     if find_spec("gsplat") is None:

@@ -26,7 +26,7 @@ from .config import SfM
 from .errors import BadFile
 from .io.atomic import replacing
 from .io.checkpoint import lock
-from .io.photos import _photo_file, _stored, load_image
+from .io.photos import _inside, _photo_file, _stored, load_image
 from .io.reading import Report, silent
 from .io.source import POSES, RECORD, bare_photos
 from .io.video import sharpest_frames
@@ -57,7 +57,7 @@ def pose(data: Path, run: Path, settings: SfM = SfM(), report: Report = silent, 
     got no pose. Poses are of pixels as load_image gives them: turned by the EXIF orientation where that swaps the sides.
 
     Raises BadFile naming the photo that cannot be read, where pycolmap (the extra `sfm`) is missing, its process dies or fewer than
-    three photos get a pose; RUN/sfm/log.txt holds what COLMAP said.
+    three photos get a pose; RUN/sfm.new/log.txt holds what COLMAP said.
     """
     film = data.is_file()
     record = {"format": 1, "photos": [_identity(p) for p in ([data] if film else bare_photos(data))], "settings": asdict(settings)}
@@ -72,9 +72,12 @@ def pose(data: Path, run: Path, settings: SfM = SfM(), report: Report = silent, 
         raise BadFile(data / "masks", "", "masks of photos without poses cannot be used, for the photos are undistorted; move them away, or give undistorted photos with poses")
     run.mkdir(parents=True, exist_ok=True)
     with lock(run):
-        start, folder = time.monotonic(), run / POSES
-        if folder.exists() and os.listdir(folder) and not (folder / LOG).is_file():
-            raise BadFile(folder, "", "holds files that are not of an earlier run; choose another run folder (-o)")
+        start, old, folder = time.monotonic(), run / POSES, run / f"{POSES}.new"     # what was found before stays until there is better
+        for place in (old, folder):
+            if place.exists() and os.listdir(place) and not (place / LOG).is_file():
+                raise BadFile(place, "", "holds files that are not of an earlier run; choose another run folder (-o)")
+            if data.resolve().is_relative_to(place.resolve()):
+                raise BadFile(data, "", f"lies in {place}, which this run would replace; choose another run folder (-o)")
         shutil.rmtree(folder, ignore_errors=True)
         work = folder / "work"
         try:
@@ -94,6 +97,8 @@ def pose(data: Path, run: Path, settings: SfM = SfM(), report: Report = silent, 
             shutil.rmtree(work, ignore_errors=True)
         with replacing(folder / RECORD) as file:
             file.write(json.dumps({**record, "of": len(names), **result}, indent=1).encode())
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
     report(f"{data}: {len(result['registered'])} of {len(names)} photos have poses ({STAGES[result['mapper']]}, {time.monotonic() - start:.0f} s)")
     if missing:
         more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
@@ -153,6 +158,8 @@ def _copies(photos: list[Path], folder: Path, report: Report) -> dict[str, str]:
     cameras: dict[tuple, int] = {}
     told = _Told(report)
     for i, path in enumerate(photos):
+        if not _inside(path.parent, path.name).name.isprintable():
+            raise BadFile(path, "", "a name that cannot be printed; rename the photo")
         with _photo_file(path) as image:
             stored, orientation = _stored(image)
             turned = orientation >= 5 and stored[0] != stored[1]
@@ -229,7 +236,7 @@ def pairs(n: int, sequential: bool) -> list[tuple[int, int]]:
         return list(itertools.combinations(range(n), 2))
     steps = sorted({*range(1, 11), *(2 ** k for k in range(4, 10))})
     near = {(i, i + step) for i in range(n) for step in steps if i + step < n}
-    return sorted(near | set(itertools.combinations(range(0, n, max(1, n // 30)), 2)))
+    return sorted(near | set(itertools.combinations(range(0, n, -(-n // 30)), 2)))
 
 
 def _run(data: Path, names: dict[str, str], job: dict, log: Path, report: Report) -> dict:

@@ -20,7 +20,8 @@ from splatkit.errors import BadFile
 from splatkit.film import write_film
 from splatkit.io.photos import load_image
 from splatkit.io.source import load_source
-from splatkit.reconstruct import evaluate, reconstruct
+from splatkit.evaluation import evaluate
+from splatkit.reconstruct import reconstruct
 from splatkit.rooms import Texture, make_room, orbit
 from splatkit.sfm import pose
 
@@ -145,7 +146,7 @@ def test_the_same_photos_keep_their_poses_and_changed_ones_get_new_ones(photos, 
         pose(folder, run, keep=True)
     with pytest.raises(AssertionError, match="COLMAP was started"):
         pose(folder, run)
-    assert not (run / "sfm" / "poses.json").exists()       # what was begun does not pass for whole
+    assert (run / "sfm" / "poses.json").exists() and not (run / "sfm.new" / "poses.json").exists()     # what was found before stays, what was begun does not pass for whole
 
 
 @pytest.mark.parametrize("harm", [lambda poses: (poses / "sparse/0/images.bin").unlink(), lambda poses: (poses / "poses.json").write_text("{"), None])
@@ -196,6 +197,27 @@ def test_a_folder_named_sfm_that_is_not_of_a_run_is_left_alone(photos, tmp_path,
     assert (tmp_path / "sfm" / "mine.txt").read_text() == "mine"
 
 
+@COLMAP
+def test_photos_in_the_folder_that_a_run_would_replace_are_left_alone(tmp_path, without_worker):
+    (tmp_path / "sfm" / "images").mkdir(parents=True)
+    (tmp_path / "sfm" / "log.txt").touch()
+    for i in range(3):
+        noise(i).save(tmp_path / "sfm" / "images" / f"{i}.png")
+    with pytest.raises(BadFile, match="which this run would replace"):
+        pose(tmp_path / "sfm" / "images", tmp_path)
+    assert len(list((tmp_path / "sfm" / "images").iterdir())) == 3
+
+
+@COLMAP
+def test_a_link_to_a_photo_elsewhere_is_named_before_the_work(tmp_path, without_worker):
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        noise(i).save(tmp_path / ("photos" if i else ".") / f"{i}.png")
+    (tmp_path / "photos" / "0.png").symlink_to(tmp_path / "0.png")
+    with pytest.raises(BadFile, match="0.png: is a link to outside"):
+        pose(tmp_path / "photos", tmp_path / "run")
+
+
 # What cannot be posed
 
 def test_without_pycolmap_one_line_says_what_to_install(photos, tmp_path, monkeypatch):
@@ -215,7 +237,7 @@ def test_two_photos_are_too_few_and_photos_without_anything_in_common_get_advice
                 pose(tmp_path / "photos", tmp_path / "run")
     with pytest.raises(BadFile, match="poses were found for 0 of 4 photos: photos join where .* log: .*log.txt"):
         pose(tmp_path / "photos", tmp_path / "run")
-    assert {p.name for p in (tmp_path / "run/sfm").iterdir()} == {"log.txt"}
+    assert {p.name for p in (tmp_path / "run/sfm.new").iterdir()} == {"log.txt"}
 
 
 @COLMAP
@@ -260,7 +282,7 @@ def test_a_worker_that_dies_is_one_line_and_the_next_try_starts_anew(photos, tmp
             os.kill(workers[-1].pid, number)
     with pytest.raises(BadFile, match=f"holiday.*: COLMAP's process {said}.* log: .*log.txt") as error:
         pose(photos, tmp_path, report=report)
-    assert "\n" not in str(error.value) and [p.name for p in (tmp_path / "sfm").iterdir()] == ["log.txt"]
+    assert "\n" not in str(error.value) and [p.name for p in (tmp_path / "sfm.new").iterdir()] == ["log.txt"]
     with pytest.raises(BadFile, match=said):
         pose(photos, tmp_path, report=report)
     assert len(workers) == 2
@@ -282,7 +304,7 @@ def test_ctrl_c_ends_the_worker_too(photos, tmp_path, workers):
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         pose(photos, tmp_path, report=stop)
-    assert workers[0].returncode == -signal.SIGKILL and not (tmp_path / "sfm" / "work").exists()
+    assert workers[0].returncode == -signal.SIGKILL and not (tmp_path / "sfm.new" / "work").exists()
 
 
 def test_a_worker_does_not_outlive_who_started_it(tmp_path):

@@ -27,14 +27,14 @@ def sharpest_frames(path: Path, wanted: int) -> Iterator[tuple[int, UInt8[Array,
         with av.open(str(path)) as film:        # counting packets is quick and, unlike the header's number of frames, always right
             if not film.streams.video:
                 raise BadFile(path, "", "holds no video; expected a film or a folder of photos")
-            count = sum(1 for packet in film.demux(film.streams.video[0]) if packet.size)
+            count = max(1, sum(1 for packet in film.demux(film.streams.video[0]) if packet.size))
         with av.open(str(path)) as film:
             film.streams.video[0].thread_type = "AUTO"
             stretch, best, best_sharpness = 0, None, -1.0
             for index, frame in enumerate(film.decode(video=0)):
                 if frame.width * frame.height > PIXELS_MAX:
                     raise BadFile(path, f"frame {index}", f"{frame.width}x{frame.height} pixels; at most {PIXELS_MAX // 10**6} megapixels are read")
-                if index * wanted // max(count, 1) > stretch and best is not None:
+                if index * wanted // count > stretch and best is not None:
                     yield best[0], _upright(best[1])
                     stretch, best, best_sharpness = index * wanted // count, None, -1.0
                 factor = min(1, SIDE / max(frame.width, frame.height))

@@ -1,6 +1,7 @@
 """Capture: posed photos and sparse points, one result for every source; SceneHeader: how a scene must be drawn."""
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,9 +69,17 @@ class Capture:
         held = [i for i in range(len(self.photos)) if every and i % every == 0]
         return [i for i in range(len(self.photos)) if i not in set(held)], held
 
+    @functools.cached_property
+    def _sightings(self) -> tuple[Int[Array, " S"], Int[Array, " S"]]:
+        """Photo and point of everything that point_views says, by photo."""
+        viewers = np.concatenate([np.zeros(0, np.int64), *self.point_views])
+        order = np.argsort(viewers, kind="stable")
+        return viewers[order], np.repeat(np.arange(len(self.point_views)), [len(views) for views in self.point_views])[order]
+
     def sparse_depth(self, photo: int, camera: Cameras) -> Float[torch.Tensor, "H W"]:
         """Depth of the points that `photo` observes in the pixels of `camera` where they are, 0 elsewhere; the nearest where several are."""
-        seen = np.array([i for i, views in enumerate(self.point_views) if photo in views], np.int64)
+        viewers, viewed = self._sightings
+        seen = viewed[np.searchsorted(viewers, photo):np.searchsorted(viewers, photo, "right")]
         xyz = torch.from_numpy(self.points[seen]).double()
         pose, K = camera.world_to_cam[0].double().cpu(), camera.K[0].double().cpu()
         x, y, z = (K @ (pose[:3, :3] @ xyz.T + pose[:3, 3:])).float()

@@ -88,7 +88,7 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
             result = reconstruct(settings, progress, progress.note)
         finally:
             progress.close()
-        if os.environ.get("RANK", "0") == "0":      # of the processes that torchrun started, one speaks
+        if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":      # of the processes that torchrun started, one speaks
             print(result.short() if result else "no photo was held out; the scene is written")
             print(f"scene: {settings.output / 'scene.ply'}")
         return 0

@@ -131,7 +131,7 @@ class AdamWGS:
 
 @dataclass(frozen=True)
 class Refine:
-    """Cameras that are fitted beside the scene. The first photo's pose and the size of the whole are held; held-out photos keep theirs."""
+    """Cameras that are fitted beside the scene. The first photo's pose and the size of the whole are held; held-out photos keep their poses."""
 
     poses: bool = False
     """Fit the pose of each photo that trains."""
@@ -144,6 +144,10 @@ class Refine:
     start: float = 0.1
     """Share of the steps from which cameras are fitted: before it, the scene knows less than they."""
 
+    def __post_init__(self):
+        _require(self, "above 0", pose_lr=self.pose_lr > 0, focal_lr=self.focal_lr > 0)
+        _require(self, "0 to 1", start=0 <= self.start <= 1)
+
 
 @dataclass(frozen=True)
 class Depth:
@@ -152,7 +156,10 @@ class Depth:
     source: Literal["none", "points", "sensor"] = "none"
     """Where the depth comes from: the sparse points that each photo sees, or the photos' depth pictures (depth_file_path of transforms.json)."""
     weight: float = 0.05
-    """Of the depth in the loss at the first step; falls to 0 at the last, where the photos know better, by half a cosine."""
+    """Of the depth in the loss."""
+
+    def __post_init__(self):
+        _require(self, "0 or more, and finite", weight=0 <= self.weight < float("inf"))
 
 
 @dataclass(frozen=True)

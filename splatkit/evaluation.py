@@ -20,6 +20,7 @@ from .errors import BadFile
 from .film import color_picture
 from .io.atomic import replacing
 from .metrics import colour_fitted, psnr, ssim
+from .poses import refined
 from .raster import render
 from .scene import Scene
 from .views import Views, raster_settings, views_of
@@ -74,7 +75,8 @@ def evaluate(run: Path, split: str = "held", lpips_files: Sequence[Path] = (), p
              report: Callable[..., None] = lambda *a, **k: None) -> Evaluation:
     """The scene of a run folder against its held-out photos, those it was trained on, or all; see compare() for what it writes.
 
-    What is not about held-out photos alone goes into eval/train/ or eval/all/. `lpips_files` are weights as lpips.load() takes them.
+    What is not about held-out photos alone goes into eval/train/ or eval/all/. Photos that trained are seen from the cameras that the run
+    refined, held-out ones from those that they came with. `lpips_files` are weights as lpips.load() takes them.
 
     Raises BadFile when the folder holds no run, its photos are gone or damaged, or weights cannot be used.
     """
@@ -89,6 +91,7 @@ def evaluate(run: Path, split: str = "held", lpips_files: Sequence[Path] = (), p
         raise BadFile(config.data, "", f"no such folder or film; {run / 'config.yaml'} has the photos there (data), seen from the working folder")
     weights = lpips.load(lpips_files) if lpips_files else None
     views = views_of(config)
+    views = dataclasses.replace(views, capture=refined(views.capture, run / "cameras.json"))
     train, held = views.capture.split(config.hold_every)
     chosen = {"held": held, "train": train, "all": sorted(train + held)}[split]
     if not chosen:

@@ -65,6 +65,11 @@ class Fit:
         """Of the whole scene."""
         return self.adam.part.total if self.adam.part else len(self.scene)
 
+    @property
+    def recorded(self) -> bool:
+        """Whether steps go back through the recorded picture: then a step is taken whatever its gradients are, and looked at every hundredth time."""
+        return records(self.scene, self.config) and self.shard.world == 1
+
     def whole_scene(self) -> Scene:
         """The scene of all processes, in the first one; for all of them to call."""
         return self.scene.detach().map(self._collect)
@@ -112,9 +117,9 @@ class Fit:
     def step_on(self, view: View, background: Tensor, sh_degree: int, settings: RasterSettings, rate: float) -> tuple[Tensor, Tensor, list[str]]:
         """One step of the optimiser on a photo, `rate` being that of the means.
 
-        Returns the photometric loss and the picture before the step, and the fields whose gradient was not finite: then no step was taken.
+        Returns the photometric loss and the picture before the step, and the fields whose gradient was not finite: then no step was taken (but see `recorded`).
         """
-        go = self._by_recorded_picture if records(self.scene, self.config) and self.shard.world == 1 else self._by_autograd
+        go = self._by_recorded_picture if self.recorded else self._by_autograd
         return go(view, background, sh_degree, settings, rate)
 
     def grow(self, step: int) -> None:
@@ -142,22 +147,19 @@ class Fit:
     def _collect(self, x: Tensor) -> Tensor:
         return self.shard.collect(x, self.gaussians)
 
-    def _loss(self, color: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor]:
-        """The photometric loss of a picture, its gradient by that, and the picture as this photo's exposure has it."""
+    def _loss(self, color: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """The photometric loss of a picture, its gradient by that, the picture as this photo's exposure has it, and the gradients of the exposures."""
         with torch.enable_grad():
             color = color.detach().requires_grad_()
             seen = self.exposures.apply(color, view.place) if self.exposures else color
             loss = l1_ssim(seen, view.photo, self.config.ssim_weight, view.mask)
             v_color, *v_exposure = torch.autograd.grad(loss, [color, *(self.exposures.parameters if self.exposures else ())])
-        if self.exposures:
-            self.exposures.step(v_exposure)
-        return loss.detach(), v_color, seen.detach()
+        return loss.detach(), v_color, seen.detach(), v_exposure
 
     def _depth_gradient(self, depth: Tensor, view: View) -> Tensor:
         with torch.enable_grad():
             depth = depth.detach().requires_grad_()
-            weight = self.config.depth.weight * self._falling() * self.extent
-            return torch.autograd.grad(weight * inverse_depth_l1(depth, view.depth, view.mask), depth)[0]
+            return torch.autograd.grad(self.config.depth.weight * self.extent * inverse_depth_l1(depth, view.depth, view.mask), depth)[0]
 
     def _falling(self) -> float:
         """From 1 at the first step to 0 at the last, by half a cosine."""
@@ -167,7 +169,9 @@ class Fit:
         """On a card. What is not finite is judged by the loss alone, and only where it is looked at anyway, every hundred steps: a look waits for the card."""
         scene = self.scene.detach()
         picture = record(scene, view.camera, background, sh_degree, settings)
-        loss, v_color, seen = self._loss(picture.color, view)
+        loss, v_color, seen, v_exposure = self._loss(picture.color, view)
+        if self.exposures:
+            self.exposures.step(v_exposure)
         self.adam.step_recorded(scene, picture, splat_gradients(picture, v_color, self.growth.stats), self.config.adamw.sparse, {"means": rate},
                                 self.growth.displacement(scene, rate), self.growth.pulls(scene))
         return loss, seen, ["the loss"] if self.step % 100 == 99 and not bool(torch.isfinite(loss)) else []
@@ -180,7 +184,7 @@ class Fit:
         moving = self.poses is not None and self.step >= self.config.refine.start * self.config.steps
         out = self.shard.render(scene, camera, outputs=("color",) if view.depth is None else ("color", "expected_depth"), background=background, sh_degree=sh_degree,
                      settings=settings, stats=self.growth.stats, backend=self.config.backend)
-        loss, v_color, seen = self._loss(out.color[0], view)
+        loss, v_color, seen, v_exposure = self._loss(out.color[0], view)
         results, v_results = [out.color], [v_color[None]]
         if view.depth is not None:
             results, v_results = [*results, out.expected_depth], [*v_results, self._depth_gradient(out.expected_depth[0], view)[None]]
@@ -193,6 +197,8 @@ class Fit:
             for x in vars(self.growth.stats).values() if self.growth.stats else ():
                 x.nan_to_num_(0, 0, 0)
             return loss, seen, bad
+        if self.exposures:
+            self.exposures.step(v_exposure)
         if moving:
             self.poses.step(view.place, camera, *values[-2:], self._falling())
         self.growth.regularise(grads, scene)

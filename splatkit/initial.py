@@ -13,7 +13,7 @@ from .density import from_points
 from .errors import BadFile
 from .growth import KINDS
 from .io.depth import load_depth
-from .io.photos import load_image
+from .io.photos import load_image, load_mask
 from .io.reading import Report
 from .paths import focus
 from .scene import Scene
@@ -30,9 +30,10 @@ def first_scene(capture: Capture, train: list[int], config: Reconstruct, say: Re
     if config.init is not None:
         return _scene_to_go_on(config)
     generator = torch.Generator().manual_seed(config.seed)
-    points, rgb = (torch.from_numpy(np.ascontiguousarray(x)) for x in (capture.points.astype(np.float32), capture.points_rgb))
+    points, rgb = torch.from_numpy(capture.points.astype(np.float32)), torch.from_numpy(capture.points_rgb.copy())
     if len(points) == 0 and (deep := [i for i in train if capture.photos[i].depth]):
         points, rgb = _points_of_depths(capture, deep, min(FROM_DEPTH, config.max_gaussians), generator)
+    if len(points) and not len(capture.points):
         say(f"no sparse points: starting from {len(points):,} points of {len(deep)} depth pictures")
     if len(points) == 0:
         points, rgb = _random_points([capture.photos[i].camera() for i in train], min(FROM_NOTHING, config.max_gaussians), generator)
@@ -48,7 +49,8 @@ def _points_of_depths(capture: Capture, photos: list[int], count: int, generator
     points, colors = [], []
     for i in photos:
         photo, depth = capture.photos[i], torch.from_numpy(load_depth(capture.photos[i]))
-        y, x = (depth > 0).nonzero(as_tuple=True)
+        kept = load_mask(photo)
+        y, x = (depth > 0 if kept is None else (depth > 0) & torch.from_numpy(kept)).nonzero(as_tuple=True)
         some = torch.randperm(len(x), generator=generator)[: -(-count // len(photos))]
         x, y = x[some], y[some]
         camera = photo.camera(torch.float64)
@@ -57,7 +59,8 @@ def _points_of_depths(capture: Capture, photos: list[int], count: int, generator
         rotation, shift = camera.world_to_cam[0, :3, :3], camera.world_to_cam[0, :3, 3]
         points.append(((in_camera.T - shift) @ rotation).float())
         colors.append(torch.from_numpy(np.round(load_image(photo) * 255).astype(np.uint8))[y, x])
-    return torch.cat(points)[:count], torch.cat(colors)[:count]
+    some = torch.randperm(sum(map(len, points)), generator=generator)[:count]
+    return torch.cat(points)[some], torch.cat(colors)[some]
 
 
 def _random_points(cameras: list[Cameras], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from .errors import BadFile
 from .io.atomic import replacing
 from .io.source import load_source
 from .io.reading import read_bytes
+from .poses import refined
 from .scene import Scene, quat_from_matrix, quat_multiply, rotation_matrices
 
 FRAMES_MAX = 100_000
@@ -171,7 +172,9 @@ def photo_cameras(config: Reconstruct) -> Cameras:
     Raises BadFile when the photos or their poses are not there.
     """
     capture, downscale = load_source(config.data, config.output, config.downscale)
-    photos = capture.photos
+    photos = refined(capture, config.output / "cameras.json").photos
+    if config.refine.poses:     # the others kept poses that the scene does not agree with
+        photos = [photos[i] for i in capture.split(config.hold_every)[0]]
     size = photos[0].size_at(downscale, min(config.max_side or SIDE_MAX, SIDE_MAX))
     return Cameras.cat([framed(photo.camera(), *size) for photo in photos])
 

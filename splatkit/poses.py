@@ -1,17 +1,21 @@
 """Poses and focal lengths as a run refines them: a rigid motion per photo, a factor per camera."""
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .camera import Cameras
-from .capture import Photo
+from .capture import Capture, Photo
+from .errors import BadFile
 from .io.atomic import replacing
+from .io.reading import read_bytes
 from .optim import adam_
 
 
@@ -21,7 +25,7 @@ class Poses:
     A step of photo i moves its camera by world_to_cam <- exp(twist) world_to_cam, twist = (rotation in radians, shift in units of
     `extent`), and multiplies both focal lengths of all photos that share its intrinsics by one factor. What a common motion or size of
     all cameras would do is the scene's to do: the first photo's pose stays, and so does the root mean square distance of the others from
-    it. Only photos that train are refined; held-out ones keep the poses that they came with.
+    it. Only photos that train are fitted; `refined` says what that means for the others.
     """
 
     def __init__(self, cameras: Sequence[Cameras], extent: float, pose_lr: float, focal_lr: float):
@@ -61,7 +65,7 @@ class Poses:
             self._hold_size()
         if self.focal_lr:
             g = self.camera_of[photo]
-            gradient = v_K[0, 0, 0] * camera.K[0, 0, 0] + v_K[0, 1, 1] * camera.K[0, 1, 1]
+            gradient = (v_K[0, 0, 0] * camera.K[0, 0, 0] + v_K[0, 1, 1] * camera.K[0, 1, 1]).to(self.log_focal)
             self.focal_steps[g] += 1
             adam_(self.log_focal[g:g + 1, None], gradient.reshape(1, 1), self.moments["m.focal"][g:g + 1, None], self.moments["v.focal"][g:g + 1, None],
                   self.log_focal.new_full((1,), self.focal_lr * decay), (0.9, 0.999), 1e-15, self.focal_steps[g])
@@ -102,6 +106,33 @@ class Poses:
                            "cx": photo.K[0, 2], "cy": photo.K[1, 2], "transform_matrix": (torch.linalg.inv(self.world_to_cam[i].cpu()) * flip).tolist()})
         with replacing(path) as file:
             file.write(json.dumps({"camera_model": "PINHOLE", "applied_transform": torch.eye(4)[:3].tolist(), "frames": frames}, indent=1).encode())
+
+
+def refined(capture: Capture, path: Path) -> Capture:
+    """The capture with the cameras that `Poses.save` wrote to `path`; as it is where there is no such file. A photo that did not train keeps
+    its pose, and has the focal length that was fitted to those of the same intrinsics.
+
+    Raises BadFile where the file is no such thing.
+    """
+    if not path.exists():
+        return capture
+    try:
+        frames = {frame["file_path"]: frame for frame in json.loads(read_bytes(path))["frames"]}
+        kind = lambda photo: (photo.width, photo.height, *photo.K.flatten().tolist())
+        factors = {kind(photo): frames[photo.name]["fl_x"] / photo.K[0, 0] for photo in capture.photos if photo.name in frames}
+        focal = lambda photo: dataclasses.replace(photo, K=photo.K * [[factors.get(kind(photo), 1.0)] * 2 + [1.0]])
+        photos = tuple(_with_camera(photo, frames[photo.name]) if photo.name in frames else focal(photo) for photo in capture.photos)
+    except (ValueError, KeyError, TypeError, RecursionError, np.linalg.LinAlgError) as e:
+        raise BadFile(path, "", "not the cameras that a run wrote; take the file away to use those of the photos") from e
+    return dataclasses.replace(capture, photos=photos)
+
+
+def _with_camera(photo: Photo, frame: dict) -> Photo:
+    pose = np.linalg.inv(np.array(frame["transform_matrix"], np.float64).reshape(4, 4) * [1, -1, -1, 1])
+    K = np.array([[frame["fl_x"], 0, frame["cx"]], [0, frame["fl_y"], frame["cy"]], [0, 0, 1]], np.float64)
+    if not (np.isfinite(pose).all() and np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0):
+        raise ValueError
+    return dataclasses.replace(photo, K=K, world_to_cam=pose)
 
 
 def _rigid(twist: Float[Tensor, " 6"]) -> Float[Tensor, "4 4"]:

@@ -28,9 +28,10 @@ from .initial import first_scene
 from .io import checkpoint
 from .io.atomic import replacing
 from .io.reading import Report, silent
-from .io.source import is_bare
+from .io.source import POSES, RECORD, is_bare
 from .optim import exponential_decay
 from .paths import estimate_up
+from .poses import refined
 from .scene import Scene
 from .sfm import pose
 from .shard import Shard, joined, versions
@@ -42,7 +43,7 @@ SKIPS_MAX = 10      # steps without a finite gradient in a row, at which a run s
 
 def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **k: None, say: Report = silent) -> Evaluation | None:
     """Fits a scene to the photos of `config.data` and writes the run folder: config.yaml, metrics.jsonl, checkpoint/, scene.ply, eval/;
-    for photos without poses and films also sfm/, with the poses (sfm.pose).
+    for photos without poses and films also sfm/, with the poses (sfm.pose), and where cameras are refined cameras.json with these.
 
     The scene lives in the world of the photos' poses. `report(step, gaussians, **numbers)` is called every hundred steps, `say(line)` for
     what the user should know about the photos. On Ctrl-C the scene so far is written before KeyboardInterrupt goes on. Returns the
@@ -63,9 +64,9 @@ def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **
 def _reconstruct(config: Reconstruct, report: Callable[..., None], say: Report, shard: Shard) -> Evaluation | None:
     working_device(config)          # before anything that takes long
     if is_bare(config.data):
-        if shard.world > 1:
-            raise BadFile(config.data, "", "photos without poses, and several processes: start with one process, which finds them, then the same run folder with several")
-        pose(config.data, config.output, config.sfm, say, keep=config.resume and (config.output / "checkpoint").is_dir())
+        if shard.world > 1 and not (config.output / POSES / RECORD).is_file():      # the others could not wait for hours
+            raise BadFile(config.data, "", f"photos without poses and several processes: start one process with -o {config.output}, which finds the poses first")
+        pose(config.data, config.output, config.sfm, say, keep=shard.world > 1 or config.resume and (config.output / "checkpoint").is_dir())
     views = views_of(config, say)
     train, held = views.capture.split(config.hold_every)
     if not train:
@@ -79,13 +80,15 @@ def _reconstruct(config: Reconstruct, report: Callable[..., None], say: Report, 
     run.mkdir(parents=True, exist_ok=True)
     with checkpoint.lock(run) if shard.rank == 0 else contextlib.nullcontext():
         scene = _fit(views, train, config, report, say, shard)
-        return compare(scene, views, held, config, run / "eval") if held and shard.rank == 0 else None
+        if not held or shard.rank != 0:
+            return None
+        return compare(scene, dataclasses.replace(views, capture=refined(views.capture, run / "cameras.json")), held, config, run / "eval")
 
 
 def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[..., None], say: Report, shard: Shard) -> Scene:
     run, start = config.output, time.monotonic()
     cameras = {i: views.camera(i) for i in train}
-    bytes_per_photo = 12 * max(c.width * c.height for c in cameras.values())
+    bytes_per_photo = (17 if config.depth.source != "none" else 13) * max(c.width * c.height for c in cameras.values())
     place = {photo: k for k, photo in enumerate(train)}
     view = functools.lru_cache(max(1, _cache_bytes(views.device) // bytes_per_photo))(
         lambda i: View(place[i], cameras[i], views.image(i), views.mask(i), views.depth(i, config.depth.source)))
@@ -116,8 +119,10 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
             io.save(run / "scene.ply", scene.to("cpu"), SceneHeader(settings.changed(), up, False, source, fit.step))
             if fit.poses:
                 fit.poses.save(run / "cameras.json", [views.capture.photos[i] for i in train])
+            else:
+                (run / "cameras.json").unlink(missing_ok=True)      # of an earlier run here
 
-    skipped = 0
+    skipped, skips_max = 0, 1 if fit.recorded else SKIPS_MAX       # where it is looked at every hundred steps only, there is nothing left to go on with
     try:
         with (run / "metrics.jsonl" if shard.rank == 0 else Path(os.devnull)).open("a") as log:
             for step in range(fit.step + 1, config.steps + 1):
@@ -131,8 +136,8 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
                 skipped = skipped + 1 if bad else 0
                 if bad:
                     log.write(json.dumps({"step": step, "skipped": True, "not_finite": bad, "photo": views.capture.photos[i].name}) + "\n")
-                if skipped == SKIPS_MAX:
-                    raise Diverged(f"{run}: the gradients of {', '.join(bad)} were not finite in {SKIPS_MAX} steps in a row, up to step {step}; the last checkpoint "
+                if skipped == skips_max:
+                    raise Diverged(f"{run}: the gradients of {', '.join(bad)} were not finite in {skips_max} steps in a row, up to step {step}; the last checkpoint "
                                    "and scene.ply are as they were before: lower the learning rates (--lr.*) and go on with --resume, or start anew")
                 fit.grow(step)
                 if step % 100 == 0 or step == config.steps:
@@ -152,14 +157,19 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
 
 
 def _check_same_run(saved: checkpoint.Checkpoint, made_with: dict) -> None:
-    was, now = (yaml.safe_load(values["config"]) for values in (saved.values, made_with))
-    if other := [name for name in now if was.get(name, now[name]) != now[name]]:     # an option that was not there yet is at its default
+    was, now, default = (yaml.safe_load(text) for text in (saved.values["config"], made_with["config"], configs.to_yaml(Reconstruct(data=Path()))))
+    was = _laid_over(default, was)      # an option that was not there yet is at its default
+    if other := [name for name in now if was[name] != now[name]]:
         raise BadConfig(f"{saved.path} was made with other values of {', '.join(other)}; give the same, or start anew without --resume")
     if saved.values.get("device", "cpu") != made_with["device"]:       # random states of one do not go on on the other
         raise BadConfig(f"{saved.path} was made on {saved.values.get('device', 'cpu')}, this run is on {made_with['device']}; give --device {saved.values.get('device', 'cpu')}, "
                         "or start anew with --init scene.ply")
     if saved.values["photos"] != made_with["photos"]:
         raise BadFile(saved.path, "photos", f"it was made with {len(saved.values['photos'])} other photos; start anew without --resume")
+
+
+def _laid_over(default: dict, values: dict) -> dict:
+    return {key: _laid_over(x, values[key]) if isinstance(x, dict) and isinstance(values.get(key), dict) else values.get(key, x) for key, x in default.items()}
 
 
 def _keep_lines(path: Path, step: int) -> None:

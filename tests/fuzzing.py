@@ -23,6 +23,7 @@ from splatkit import config, io
 from splatkit.capture import Photo, SceneHeader
 from splatkit.errors import BadConfig, BadFile
 from splatkit.io import checkpoint, colmap
+from splatkit.io.depth import load_depth
 from splatkit.io.photos import load_image, load_mask
 from splatkit.io.transforms import load_transforms
 from splatkit.scene import Scene
@@ -108,6 +109,17 @@ def _read_mask(folder: Path) -> int:
     return 4 * kept.nbytes
 
 
+def _depth_files(folder: Path) -> list[Path]:
+    Image.fromarray(_NOISE[..., 0].astype(np.uint16) * 37).save(folder / "picture", "PNG")
+    return [folder / "picture"]
+
+
+def _read_depth(folder: Path) -> int:
+    depth = load_depth(dataclasses.replace(_photo(folder), depth=folder / "picture"))
+    _require(depth.shape == (24, 32) and bool((np.isfinite(depth) & (depth >= 0)).all()), "no depth")
+    return 4 * depth.nbytes
+
+
 def _scene_file(folder: Path) -> list[Path]:
     g = torch.Generator().manual_seed(0)
     r = lambda *shape: torch.randn(*shape, generator=g)
@@ -151,6 +163,7 @@ def _read_yaml(folder: Path) -> int:
 READERS = {
     "COLMAP .bin": _colmap(False), "COLMAP .txt": _colmap(True), "transforms.json": Reader(_frames, _read_frames),
     **{f"photo, {kind}": _picture(kind) for kind in _FORMATS}, "mask": Reader(_mask_files, _read_mask, cut_is_refused=False),
+    "depth picture": Reader(_depth_files, _read_depth, cut_is_refused=False),
     "PLY": Reader(_scene_file, _read_scene), "checkpoint": Reader(_checkpoint_file, _read_checkpoint),
     "YAML config": Reader(_yaml_file, _read_yaml, cut_is_refused=False, error=BadConfig),      # a shorter list of settings is a list of settings
 }

@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from splatkit import io
+from splatkit import io, raster
 from splatkit.errors import BadFile, Diverged
+from splatkit.evaluation import evaluate
+from splatkit.fit import View
 from splatkit.io import checkpoint
 from splatkit.io.photos import load_capture, load_mask
 from splatkit.reconstruct import reconstruct
@@ -43,13 +45,40 @@ def test_a_warm_start_from_nothing_is_refused(photos, tmp_path, cpu_library):
 
 def test_a_random_background_changes_every_step_and_repeats_itself(photos, tmp_path, cpu_library, monkeypatch):
     seen = []
-    from splatkit import fit
-    draw = fit.render
-    monkeypatch.setattr(fit, "render", lambda *a, background=None, **k: (seen.append(background.tolist()), draw(*a, background=background, **k))[1])
+    draw = raster.render
+    monkeypatch.setattr(raster, "render", lambda *a, background=None, **k: (seen.append(background.tolist()), draw(*a, background=background, **k))[1])
     _, one = run(photos, tmp_path / "a", 12, random_background=True)
     drawn = [tuple(color) for color in seen]
     assert len(set(drawn)) == 12 and all(0 <= c <= 1 for color in drawn for c in color)
     assert same(one, run(photos, tmp_path / "b", 12, random_background=True)[1])
+
+
+def test_an_antialiased_run_says_so_in_its_scene_and_is_compared_so(photos, tmp_path, cpu_library):
+    smooth, scene = run(photos, tmp_path / "a", 200, antialias=True)
+    assert io.load(tmp_path / "a" / "scene.ply")[1].settings == {"antialias": True}
+    assert evaluate(tmp_path / "a").psnr == pytest.approx(smooth.psnr, abs=1e-4)
+    (tmp_path / "a" / "config.yaml").write_text((tmp_path / "a" / "config.yaml").read_text().replace("antialias: true", "antialias: false"))
+    assert abs(evaluate(tmp_path / "a").psnr - smooth.psnr) > 1e-3
+
+
+def test_a_given_background_is_what_the_scene_need_not_be(photos, tmp_path, cpu_library):
+    shutil.copytree(photos, tmp_path / "cut")
+    for path in (tmp_path / "cut" / "images").iterdir():
+        pixels = np.array(Image.open(path))
+        pixels[:27] = (255, 0, 255)
+        Image.fromarray(pixels).save(path)
+    on_magenta, scene = run(tmp_path / "cut", tmp_path / "a", 200, background=(1.0, 0.0, 1.0))
+    on_black, _ = run(tmp_path / "cut", tmp_path / "b", 200)
+    assert on_magenta.psnr > on_black.psnr + 1
+
+
+def test_a_view_at_half_size_has_half_the_camera_and_the_mean_of_its_pixels(photos):
+    camera, g = load_capture(photos).photos[0].camera(), torch.Generator().manual_seed(0)
+    photo, mask, depth = torch.rand(54, 72, 3, generator=g), torch.rand(54, 72, generator=g) > 0.3, torch.rand(54, 72, generator=g)
+    half = View(3, camera, photo, mask, depth).halved()
+    assert half.place == 3 and (half.camera.width, half.camera.height) == (72, 54)      # too small to halve
+    big = View(3, camera.resized(144, 108), photo.repeat_interleave(2, 0).repeat_interleave(2, 1), mask.repeat_interleave(2, 0).repeat_interleave(2, 1)).halved()
+    assert torch.allclose(big.photo, photo) and torch.equal(big.mask, mask) and torch.allclose(big.camera.K, camera.K) and big.depth is None
 
 
 # ---- gradients that are not finite

@@ -17,7 +17,7 @@ from splatkit import io
 from splatkit.errors import BadConfig
 from splatkit.growth import KINDS
 from splatkit.io import checkpoint
-from splatkit.reconstruct import evaluate
+from splatkit.evaluation import evaluate
 from splatkit.rooms import write_capture
 from splatkit.shard import ALONE, Shard
 
@@ -65,7 +65,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def assert_alike(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> None:
-    """Scene, moments, statistics and exposures to relative 1e-5, counts and random states exactly. (Measured: 1e-14.)"""
+    """Scene, moments, statistics and exposures to relative 1e-5, counts and random states exactly. (Measured: 2e-15 without growth.)"""
     assert a.tensors.keys() == b.tensors.keys()
     for name, x in a.tensors.items():
         y = b.tensors[name]

@@ -291,4 +291,5 @@ def _checked_points(path, xyz, rgb, track_lengths, track):
         i = int(good.argmin())
         raise BadFile(path, f"point {i}", f"its position is not usable: {xyz[i].tolist()}")
     starts = np.concatenate([[0], np.cumsum(track_lengths.astype(np.int64))])
-    return np.ascontiguousarray(xyz), np.ascontiguousarray(rgb), starts, track.astype(np.int64)
+    packed = lambda x: np.empty(x.shape, x.dtype) if len(x) == 0 else np.ascontiguousarray(x)      # numpy calls any empty array contiguous, torch does not
+    return packed(xyz), packed(rgb), starts, track.astype(np.int64)

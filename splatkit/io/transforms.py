@@ -52,12 +52,13 @@ def load_transforms(path: str | os.PathLike, report: Report = silent) -> Capture
     applied_transform is given it is undone, and the world is COLMAP's ("colmap"), else "transforms.json"; applied_scale is undone too.
     Photos, masks and points lie below the file's folder; a file_path without suffix means .png, .jpg, .jpeg or .webp. Intrinsics of a
     frame come before those of the file; without cx, cy the centre is taken, without w, h the size of the photo. Points without colour
-    are grey. A photo with lens distortion has the K and the size of its undistorted picture. `report` is told of frames without a photo,
+    are grey. A photo with lens distortion has the K and the size of its undistorted picture. Depth pictures are depth_file_path in steps of
+    depth_unit_scale_factor (a thousandth where it is not given); valid_mask of the file is the mask of frames without mask_path. `report` is told of frames without a photo,
     which are left out, of a missing point file, and what load_capture reports.
 
     Raises BadFile naming file and frame: no photo at all, not JSON of that kind or over 64 MB, a pose that is no rotation and position
     (within 1e-3), a focal length or lens that cannot be used, a picture that load_capture would refuse, a mask of another size than its
-    photo, of more than 8 bits, or of a photo with lens distortion.
+    photo, of more than 8 bits, or of a photo with lens distortion, as a depth picture of one.
     """
     path = Path(path)
     files = find_transforms(path) if os.path.isdir(path) else [path]

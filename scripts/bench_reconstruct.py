@@ -31,6 +31,7 @@ BARE = {"plush": "plush/distorted/images", "banana": "banana/images"}
 
 # Small photos and no opacity reset, so that 54 runs of 7000 steps take less than an hour.
 COMPARED = ["--preset", "cpu", "--max-side", "160", "--steps", "7000", "--coarse-fraction", "0", "--max-gaussians", "100000", "--save-every", "7000"]
+ADC = ["--densification", "adc", "--adc.grad-threshold"]
 SPARSE, DAR, RSR = ["--adamw.sparse", "--adc.clone-opacity-correction"], ["--adamw.attribute-decay"], ["--adamw.state-decay"]
 MCMC = ["--densification", "mcmc", "--max-gaussians", "12000"]
 OPTIMISERS = {"Adam": [], "AdamW-GS": [*SPARSE, *DAR, *RSR]}
@@ -70,12 +71,12 @@ def _bare(args) -> list[dict]:
 
 
 def _optimisers(args) -> list[dict]:
-    return [{"part": "optimisers", "capture": c, "seed": s, "name": name, "threshold": t, "flags": [*COMPARED, "--adc.grad-threshold", t, *flags]}
+    return [{"part": "optimisers", "capture": c, "seed": s, "name": name, "threshold": t, "flags": [*COMPARED, *ADC, t, *flags]}
             for s in args.seeds for c in args.captures or CAPTURES for t in THRESHOLDS for name, flags in OPTIMISERS.items()]
 
 
 def _ablation(args) -> list[dict]:
-    adc = [{"part": "optimisers", "capture": c, "seed": s, "name": name, "threshold": "1e-3", "flags": [*COMPARED, "--adc.grad-threshold", "1e-3", *flags]}
+    adc = [{"part": "optimisers", "capture": c, "seed": s, "name": name, "threshold": "1e-3", "flags": [*COMPARED, *ADC, "1e-3", *flags]}
            for s in args.seeds for c in args.captures or CAPTURES for name, flags in ROWS.items()]
     return adc + [{"part": "mcmc", "capture": c, "seed": s, "name": name, "flags": [*COMPARED, *flags]}
                   for s in args.seeds for c in args.captures or CAPTURES for name, flags in MCMC_ROWS.items()]

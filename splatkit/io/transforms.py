@@ -90,7 +90,7 @@ def load_transforms(path: str | os.PathLike, report: Report = silent) -> Capture
             photo = dataclasses.replace(photo, mask=_mask(file.parent, photo, lens, bad), depth=depth, depth_unit=unit * scale)
             if (bent := _distortion(lens, bad)) is not None:
                 if photo.mask is not None or depth is not None:
-                    raise bad("a mask or depth of a photo with lens distortion cannot be used: undistort both first")
+                    raise bad(f"{'depth' if photo.mask is None else 'a mask'} of a photo with lens distortion cannot be used: undistort both first")
                 photo = undistorted(photo, *bent, file, f"frames[{i}] ({name})", notes)
             photos[name] = photo
     if missing:

@@ -59,9 +59,8 @@ class Cameras:
 
     @property
     def centres(self) -> Float[Tensor, "C 3"]:
-        """Camera positions in the world: -R^T t."""
-        rotation, t = self.world_to_cam[:, :3, :3], self.world_to_cam[:, :3, 3]
-        return -(rotation.transpose(1, 2) @ t[..., None]).squeeze(-1)
+        """Camera positions in the world."""
+        return camera_centres(self.world_to_cam)
 
     def replace(self, **changes) -> Cameras:
         return dataclasses.replace(self, **changes)
@@ -93,6 +92,12 @@ class Cameras:
             raise ValueError("cameras of different image sizes cannot share one Cameras; resize them or render one by one")
         rows = None if cameras[0].rows is None else torch.cat([c.rows for c in cameras])
         return cameras[0].replace(world_to_cam=torch.cat([c.world_to_cam for c in cameras]), K=torch.cat([c.K for c in cameras]), rows=rows)
+
+
+def camera_centres(world_to_cam: Float[Tensor, "C 4 4"]) -> Float[Tensor, "C 3"]:
+    """Positions in the world: -R^T t."""
+    rotation, t = world_to_cam[:, :3, :3], world_to_cam[:, :3, 3]
+    return -(rotation.transpose(1, 2) @ t[..., None]).squeeze(-1)
 
 
 def look_at(eye: Float[Tensor, " 3"], target: Float[Tensor, " 3"], up: Float[Tensor, " 3"]) -> Float[Tensor, "4 4"]:

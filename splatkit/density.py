@@ -168,7 +168,8 @@ def mcmc_noise(scene: Scene, learning_rate: float, noise_scale: float = 5e5,
     """Random displacement of every mean, world units: Sigma n * gate(opacity) * noise_scale * learning_rate, n standard normal.
 
     gate = 1 / (1 + exp(-100 ((1 - opacity) - 0.995))), so only nearly transparent Gaussians wander (Kheradmand et al. 2024).
-    `learning_rate` is that of the means. With `part`, `scene` is those rows of a larger one, whose numbers are drawn. A value, not an in-place change: pass it to Adam.step(displacement=...), the only writer.
+    `learning_rate` is that of the means. With `part`, `scene` is those rows of a larger one, whose numbers are drawn. A value, not an
+    in-place change: pass it to Adam.step(displacement=...), the only writer.
     """
     noise = torch.randn(part.total if part else len(scene), 3, dtype=scene.dtype, device=scene.device, generator=generator)
     noise = part.of(noise) if part else noise

@@ -76,7 +76,7 @@ def evaluate(run: Path, split: str = "held", lpips_files: Sequence[Path] = (), p
     """The scene of a run folder against its held-out photos, those it was trained on, or all; see compare() for what it writes.
 
     What is not about held-out photos alone goes into eval/train/ or eval/all/. Photos that trained are seen from the cameras that the run
-    refined, held-out ones from those that they came with. `lpips_files` are weights as lpips.load() takes them.
+    refined; held-out ones keep their poses (poses.refined). `lpips_files` are weights as lpips.load() takes them.
 
     Raises BadFile when the folder holds no run, its photos are gone or damaged, or weights cannot be used.
     """

@@ -46,10 +46,9 @@ class View:
 
 @dataclass
 class Fit:
-    """Everything that the steps of a run change; in a run of several processes, this one's rows of it. `extent` is the radius of the cameras in world units."""
+    """Everything that the steps of a run change; in a run of several processes, this one's rows of it."""
 
     config: Reconstruct
-    extent: float
     scene: Scene
     adam: Adam
     growth: Fixed
@@ -67,8 +66,10 @@ class Fit:
 
     @property
     def recorded(self) -> bool:
-        """Whether steps go back through the recorded picture: then a step is taken whatever its gradients are, and looked at every hundredth time."""
-        return records(self.scene, self.config) and self.shard.world == 1
+        """Whether steps go back through the recorded picture, which stores no gradient of the scene: by the CUDA library, of colour alone, in one
+        process. Then a step is taken whatever its gradients are, and looked at every hundredth time."""
+        colour_alone = self.poses is None and self.config.depth.source == "none"
+        return self.scene.means.is_cuda and self.config.backend in ("auto", "cuda") and colour_alone and self.shard.world == 1
 
     def whole_scene(self) -> Scene:
         """The scene of all processes, in the first one; for all of them to call."""
@@ -96,7 +97,7 @@ class Fit:
         exposures = Exposures(len(cameras), config.exposure_lr, scene.device) if config.exposure else None
         refine = config.refine
         poses = Poses(cameras, growth.extent, refine.pose_lr * refine.poses, refine.focal_lr * refine.focal) if refine.poses or refine.focal else None
-        return Fit(config, growth.extent, scene, _optimiser(scene, config, growth.extent, part), growth, exposures, poses,
+        return Fit(config, scene, _optimiser(scene, config, growth.extent, part), growth, exposures, poses,
                    torch.Generator().manual_seed(config.seed), [], shard=shard)
 
     @staticmethod
@@ -159,7 +160,7 @@ class Fit:
     def _depth_gradient(self, depth: Tensor, view: View) -> Tensor:
         with torch.enable_grad():
             depth = depth.detach().requires_grad_()
-            return torch.autograd.grad(self.config.depth.weight * self.extent * inverse_depth_l1(depth, view.depth, view.mask), depth)[0]
+            return torch.autograd.grad(self.config.depth.weight * self.growth.extent * inverse_depth_l1(depth, view.depth, view.mask), depth)[0]
 
     def _falling(self) -> float:
         """From 1 at the first step to 0 at the last, by half a cosine."""
@@ -183,7 +184,7 @@ class Fit:
             camera = self.poses.camera(camera, view.place)
         moving = self.poses is not None and self.step >= self.config.refine.start * self.config.steps
         out = self.shard.render(scene, camera, outputs=("color",) if view.depth is None else ("color", "expected_depth"), background=background, sh_degree=sh_degree,
-                     settings=settings, stats=self.growth.stats, backend=self.config.backend)
+                                settings=settings, stats=self.growth.stats, backend=self.config.backend)
         loss, v_color, seen, v_exposure = self._loss(out.color[0], view)
         results, v_results = [out.color], [v_color[None]]
         if view.depth is not None:
@@ -205,12 +206,6 @@ class Fit:
         self.adam.step(scene, grads, out.visible[0] if self.config.adamw.sparse else None, camera.width * camera.height, learning_rates={"means": rate},
                        displacement=self.growth.displacement(scene, rate))
         return loss, seen, []
-
-
-def records(scene: Scene, config: Reconstruct) -> bool:
-    """Whether steps go back through the recorded picture, which stores no gradient of the scene: by the CUDA library, of colour alone."""
-    colour_alone = not (config.refine.poses or config.refine.focal) and config.depth.source == "none"
-    return scene.means.is_cuda and config.backend in ("auto", "cuda") and colour_alone
 
 
 def _by_row(name: str) -> bool:

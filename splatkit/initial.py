@@ -33,8 +33,8 @@ def first_scene(capture: Capture, train: list[int], config: Reconstruct, say: Re
     points, rgb = torch.from_numpy(capture.points.astype(np.float32)), torch.from_numpy(capture.points_rgb.copy())
     if len(points) == 0 and (deep := [i for i in train if capture.photos[i].depth]):
         points, rgb = _points_of_depths(capture, deep, min(FROM_DEPTH, config.max_gaussians), generator)
-    if len(points) and not len(capture.points):
-        say(f"no sparse points: starting from {len(points):,} points of {len(deep)} depth pictures")
+        if len(points):
+            say(f"no sparse points: starting from {len(points):,} points of {len(deep)} depth pictures")
     if len(points) == 0:
         points, rgb = _random_points([capture.photos[i].camera() for i in train], min(FROM_NOTHING, config.max_gaussians), generator)
         say(f"no sparse points and no depth: starting from {len(points):,} random points about where the photos look; sparse points, or --init with a scene, do better")

@@ -80,8 +80,8 @@ class Adam:
 
     It owns the moments `m` and `v`, shaped like their fields, the steps that each row has taken (`row_steps` [N]) and their number
     in all (`steps_taken`); the scene stays a plain value. Groups without a learning rate are frozen: they have no state, and a
-    gradient for them is ignored. Rows change by `follow` only. With `part`, the scene is those rows of a larger one. What a run does not change (rates, betas, eps, switches) comes from its
-    configuration and is not part of `state_dict`.
+    gradient for them is ignored. Rows change by `follow` only. With `part`, the scene is those rows of a larger one. What a run does not
+    change (rates, betas, eps, switches) comes from its configuration and is not part of `state_dict`.
     """
 
     def __init__(self, scene: Scene, learning_rates: LearningRates, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-15,

@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .camera import Cameras
+from .camera import Cameras, camera_centres
 from .capture import Capture, Photo
 from .errors import BadFile
 from .io.atomic import replacing
 from .io.reading import read_bytes
+from .io.transforms import intrinsics, pose
 from .optim import adam_
 
 
@@ -41,7 +42,7 @@ class Poses:
         self.twist_steps, self.focal_steps = [0] * P, [0] * len(kinds)
         self.rates = torch.tensor([pose_lr] * 3 + [pose_lr * extent] * 3, device=device)
         self.pose_lr, self.focal_lr = pose_lr, focal_lr
-        self.spread = self._spread()
+        self.size = self._away().norm()
 
     def camera(self, camera: Cameras, photo: int) -> Cameras:
         """`camera`, that of this photo at any size, as refined so far; its pose and K are leaves that ask for gradients."""
@@ -70,18 +71,15 @@ class Poses:
             adam_(self.log_focal[g:g + 1, None], gradient.reshape(1, 1), self.moments["m.focal"][g:g + 1, None], self.moments["v.focal"][g:g + 1, None],
                   self.log_focal.new_full((1,), self.focal_lr * decay), (0.9, 0.999), 1e-15, self.focal_steps[g])
 
-    def _centres(self) -> Float[Tensor, "P 3"]:
-        return -torch.einsum("pji,pj->pi", self.world_to_cam[:, :3, :3], self.world_to_cam[:, :3, 3])
-
-    def _spread(self) -> Float[Tensor, ""]:
-        centres = self._centres()
-        return (centres - centres[0]).square().sum().sqrt()
+    def _away(self) -> Float[Tensor, "P 3"]:
+        """Where the cameras are from the first one."""
+        centres = camera_centres(self.world_to_cam)
+        return centres - centres[0]
 
     def _hold_size(self) -> None:
-        centres = self._centres()
-        away = centres - centres[0]
-        size = away.square().sum().sqrt()
-        centres = centres[0] + away * torch.where(size > 0, self.spread / size, 1)
+        away = self._away()
+        size = away.norm()
+        centres = camera_centres(self.world_to_cam[:1]) + away * torch.where(size > 0, self.size / size, 1)
         self.world_to_cam[1:, :3, 3] = -torch.einsum("pij,pj->pi", self.world_to_cam[1:, :3, :3], centres[1:])
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -120,19 +118,12 @@ def refined(capture: Capture, path: Path) -> Capture:
         frames = {frame["file_path"]: frame for frame in json.loads(read_bytes(path))["frames"]}
         kind = lambda photo: (photo.width, photo.height, *photo.K.flatten().tolist())
         factors = {kind(photo): frames[photo.name]["fl_x"] / photo.K[0, 0] for photo in capture.photos if photo.name in frames}
+        posed = lambda photo, frame: dataclasses.replace(photo, K=intrinsics(frame, photo.width, photo.height, ValueError), world_to_cam=pose(frame, np.eye(4), ValueError))
         focal = lambda photo: dataclasses.replace(photo, K=photo.K * [[factors.get(kind(photo), 1.0)] * 2 + [1.0]])
-        photos = tuple(_with_camera(photo, frames[photo.name]) if photo.name in frames else focal(photo) for photo in capture.photos)
-    except (ValueError, KeyError, TypeError, RecursionError, np.linalg.LinAlgError) as e:
+        photos = tuple(posed(photo, frames[photo.name]) if photo.name in frames else focal(photo) for photo in capture.photos)
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise BadFile(path, "", "not the cameras that a run wrote; take the file away to use those of the photos") from e
     return dataclasses.replace(capture, photos=photos)
-
-
-def _with_camera(photo: Photo, frame: dict) -> Photo:
-    pose = np.linalg.inv(np.array(frame["transform_matrix"], np.float64).reshape(4, 4) * [1, -1, -1, 1])
-    K = np.array([[frame["fl_x"], 0, frame["cx"]], [0, frame["fl_y"], frame["cy"]], [0, 0, 1]], np.float64)
-    if not (np.isfinite(pose).all() and np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0):
-        raise ValueError
-    return dataclasses.replace(photo, K=K, world_to_cam=pose)
 
 
 def _rigid(twist: Float[Tensor, " 6"]) -> Float[Tensor, "4 4"]:

@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from alignment import centre, errors
 
 from splatkit import config
-from splatkit.camera import Cameras
+from splatkit.camera import Cameras, camera_centres
 from splatkit.config import Refine
 from splatkit.errors import BadFile
 from splatkit.evaluation import evaluate
@@ -37,7 +38,7 @@ def turn(rng, degrees):
 
 
 def centres(photos) -> np.ndarray:
-    return np.array([-p.world_to_cam[:3, :3].T @ p.world_to_cam[:3, 3] for p in photos])
+    return np.array([centre(p.world_to_cam) for p in photos])
 
 
 def misplaced(folder, target, degrees=0.0, shift=0.0, focal=1.0, every=8):
@@ -65,16 +66,10 @@ def misplaced(folder, target, degrees=0.0, shift=0.0, focal=1.0, every=8):
     return capture, [capture.photos[i] for i in train], extent
 
 
-def errors(found, true, extent) -> tuple[float, float]:
-    """Mean turn in degrees and mean shift in extents after the similarity that aligns the centres best (Umeyama 1991): poses mean nothing up to one."""
-    a, b = centres(found), centres(true)
-    u, s, v = np.linalg.svd((b - b.mean(0)).T @ (a - a.mean(0)))
-    flip = np.diag([1, 1, np.sign(np.linalg.det(u @ v))])
-    R = u @ flip @ v
-    size = (s * np.diag(flip)).sum() / ((a - a.mean(0)) ** 2).sum()
-    shifts = np.linalg.norm(size * (a - a.mean(0)) @ R.T + b.mean(0) - b, axis=1)
-    turns = [np.degrees(np.arccos(np.clip((np.trace(p.world_to_cam[:3, :3] @ R.T @ q.world_to_cam[:3, :3].T) - 1) / 2, -1, 1))) for p, q in zip(found, true)]
-    return float(np.mean(turns)), float(shifts.mean() / extent)
+def mean_errors(found, true, extent) -> tuple[float, float]:
+    """Turn in degrees and shift in extents."""
+    shifts, turns = errors([p.world_to_cam for p in found], [p.world_to_cam for p in true])
+    return float(turns.mean()), float(shifts.mean() / extent)
 
 
 def fitted(run, given):
@@ -93,8 +88,8 @@ def test_poses_half_a_degree_and_a_hundredth_off_end_with_a_quarter_of_the_error
     go(tmp_path / "off", tmp_path / "run", refine=Refine(poses=True))
     found = fitted(tmp_path / "run", given)
     assert evaluate(tmp_path / "run", "train").psnr > evaluate(tmp_path / "run", "held").psnr      # seen from the refined cameras
-    before = errors([p for p in given.photos if p.name in {q.name for q in found}], true, extent)
-    after = errors(found, true, extent)
+    before = mean_errors([p for p in given.photos if p.name in {q.name for q in found}], true, extent)
+    after = mean_errors(found, true, extent)
     assert after[0] < before[0] / 4 and after[1] < before[1] / 4, (before, after)
     assert np.allclose(found[0].world_to_cam, [p for p in given.photos if p.name == found[0].name][0].world_to_cam, atol=1e-6)
     size = lambda photos: np.linalg.norm(centres(photos) - centres(photos)[0])
@@ -133,8 +128,7 @@ def test_a_step_goes_down_the_gradient_of_any_function_of_the_camera():
     pose = cameras[1].world_to_cam[0]
     ((torch.linalg.matrix_exp(generator) @ pose) * weights).sum().backward()
     poses = Poses(cameras, extent=2.0, pose_lr=1e-6, focal_lr=0.0)
-    poses.spread = torch.tensor(0.0)        # the size is not held: _hold_size would move the centre again
-    poses._hold_size = lambda: None
+    poses._hold_size = lambda: None      # it would move the centre again
     poses.step(1, poses.camera(cameras[1], 1), weights[None], torch.zeros(1, 3, 3, dtype=torch.float64))
     moved = poses.world_to_cam[1] @ torch.linalg.inv(pose)
     taken = torch.stack([moved[2, 1], moved[0, 2], moved[1, 0], *moved[:3, 3]])
@@ -145,7 +139,7 @@ def test_a_step_goes_down_the_gradient_of_any_function_of_the_camera():
 def test_the_first_pose_and_the_size_of_the_whole_are_held_and_rotations_stay_rotations():
     cameras = some_cameras(5)
     poses, g = Poses(cameras, 1.0, 1e-2, 1e-2), torch.Generator().manual_seed(0)
-    spread = lambda: (poses._centres() - poses._centres()[0]).square().sum().sqrt()
+    spread = lambda: (camera_centres(poses.world_to_cam) - camera_centres(poses.world_to_cam)[0]).square().sum().sqrt()
     before, first = spread(), poses.world_to_cam[0].clone()
     for i in range(200):
         camera = poses.camera(cameras[i % 5], i % 5)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from alignment import errors
 from PIL import Image, ImageFilter
 
 from splatkit import config, paths, sfm
@@ -28,6 +29,10 @@ from splatkit.sfm import pose
 COLMAP = pytest.mark.skipif(importlib.util.find_spec("pycolmap") is None, reason="pycolmap (the extra sfm) is absent")
 N, WIDTH, HEIGHT = 10, 240, 180
 WORKER = Path(sfm.__file__).with_name("sfm_worker.py")
+
+
+def largest_errors(found, true) -> tuple[float, float]:
+    return tuple(float(x.max()) for x in errors(found, true))
 
 
 def noise(seed: int) -> Image.Image:
@@ -77,26 +82,11 @@ def posed(photos, tmp_path_factory) -> tuple[Path, list[str]]:
     return run, lines
 
 
-def centre(world_to_cam: np.ndarray) -> np.ndarray:
-    return -world_to_cam[:3, :3].T @ world_to_cam[:3, 3]
-
-
-def errors(found: list[np.ndarray], true: list[np.ndarray]) -> tuple[float, float]:
-    """Largest errors of the centres (units of the truth) and rotations (degrees) after the best similarity of the centres (Umeyama 1991)."""
-    a, b = (np.array([centre(w) for w in poses]) for poses in (found, true))
-    x, y = a - a.mean(0), b - b.mean(0)
-    u, s, vt = np.linalg.svd(y.T @ x)
-    d = np.diag([1, 1, np.sign(np.linalg.det(u @ vt))])
-    rotation, scale = u @ d @ vt, np.trace(np.diag(s) @ d) / (x ** 2).sum()
-    turned = [np.trace(t[:3, :3] @ rotation @ f[:3, :3].T) for f, t in zip(found, true)]
-    return float(np.linalg.norm(y - scale * x @ rotation.T, axis=1).max()), float(np.degrees(np.arccos(np.clip((np.array(turned) - 1) / 2, -1, 1))).max())
-
-
 def test_poses_of_photos_of_every_format_agree_with_the_truth(photos, posed, views):
     capture, downscale = load_source(photos, posed[0])
     assert [p.name for p in capture.photos] == ["000.jpg", "001 (copy).jpg", "002.jpg", "003.jpg", "004.PNG", "005.webp", "006.jpg", "007.jpg", "008.jpg", "009.jpg"]
     assert downscale == 1 and all(p.path.parent == photos for p in capture.photos)
-    far, turned = errors([p.world_to_cam for p in capture.photos], list(views[1]))
+    far, turned = largest_errors([p.world_to_cam for p in capture.photos], list(views[1]))
     assert far < 0.02 and turned < 1.5         # metres on a ring of 2 m, degrees; measured 0.003 and 0.6
     for p in capture.photos:
         assert p.K[0, 0] == pytest.approx(views[2][0, 0], rel=0.04)
@@ -328,7 +318,7 @@ def test_poses_of_a_film_agree_with_the_truth_and_are_kept(views, tmp_path, monk
     capture, _ = load_source(tmp_path / "film.mp4", tmp_path / "run")
     assert [p.name for p in capture.photos] == [f"{3 * i + 1:06d}.jpg" for i in range(N)]
     assert any("(sequential)" in line for line in lines)
-    far, turned = errors([p.world_to_cam for p in capture.photos], list(views[1]))
+    far, turned = largest_errors([p.world_to_cam for p in capture.photos], list(views[1]))
     assert far < 0.05 and turned < 2
     record = json.loads((tmp_path / "run/sfm/poses.json").read_text())
     assert record["of"] == N and record["mapper"] == record["tried"][-1]["mapper"]
@@ -350,5 +340,5 @@ def test_the_mapper_that_finds_most_of_the_photos_wins(data_dir, tmp_path):
     assert counts[record["mapper"]] == len(record["registered"]) == len(found.photos)
     true = {p.name: p.world_to_cam for p in load_source(data_dir / "banana", tmp_path)[0].photos}
     ring = np.ptp([centre(w) for w in true.values()], axis=0).max()
-    far, turned = errors([p.world_to_cam for p in found.photos], [true[p.name] for p in found.photos])
+    far, turned = largest_errors([p.world_to_cam for p in found.photos], [true[p.name] for p in found.photos])
     assert far < 0.02 * ring and turned < 2

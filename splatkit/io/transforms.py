@@ -35,7 +35,7 @@ _DISTORTION = {"OPENCV": ("k1", "k2", "p1", "p2", "k3", "k4"), "OPENCV_FISHEYE":
 _FOCAL = (("fl_x", "camera_angle_x"), ("fl_y", "camera_angle_y"))
 _PLACE = "the folder of the json"
 
-Bad = Callable[[str], BadFile]      # from why to the error, with file and entry filled in
+Bad = Callable[[str], Exception]     # from why to the error, with file and entry filled in
 
 
 def find_transforms(folder: Path) -> list[Path]:
@@ -53,8 +53,8 @@ def load_transforms(path: str | os.PathLike, report: Report = silent) -> Capture
     Photos, masks and points lie below the file's folder; a file_path without suffix means .png, .jpg, .jpeg or .webp. Intrinsics of a
     frame come before those of the file; without cx, cy the centre is taken, without w, h the size of the photo. Points without colour
     are grey. A photo with lens distortion has the K and the size of its undistorted picture. Depth pictures are depth_file_path in steps of
-    depth_unit_scale_factor (a thousandth where it is not given); valid_mask of the file is the mask of frames without mask_path. `report` is told of frames without a photo,
-    which are left out, of a missing point file, and what load_capture reports.
+    depth_unit_scale_factor (a thousandth where it is not given); valid_mask of the file is the mask of frames without mask_path. `report`
+    is told of frames without a photo, which are left out, of a missing point file, and what load_capture reports.
 
     Raises BadFile naming file and frame: no photo at all, not JSON of that kind or over 64 MB, a pose that is no rotation and position
     (within 1e-3), a focal length or lens that cannot be used, a picture that load_capture would refuse, a mask of another size than its
@@ -85,7 +85,7 @@ def load_transforms(path: str | os.PathLike, report: Report = silent) -> Capture
                 missing[name] = None
                 continue
             lens = _lens(top, frame)
-            photo = fitted(_photo(name, photo_path, lens, _world_to_cam(frame, undo, bad), bad), f"the camera of {name}", notes)
+            photo = fitted(_photo(name, photo_path, lens, pose(frame, undo, bad), bad), f"the camera of {name}", notes)
             depth, unit = _depth(file.parent, lens, bad)
             photo = dataclasses.replace(photo, mask=_mask(file.parent, photo, lens, bad), depth=depth, depth_unit=unit * scale)
             if (bent := _distortion(lens, bad)) is not None:
@@ -159,7 +159,7 @@ def _photo(name: str, path: Path, lens: dict, world_to_cam: Array, bad: Bad) -> 
         width, height = (_number(lens, key, bad) for key in ("w", "h"))
         if any(side != int(side) or not 1 <= side <= 32768 for side in (width, height)):
             raise bad(f"{width:g} x {height:g}; expected 1 to 32768 pixels a side")
-    return Photo(name, path, _intrinsics(lens, width, height, bad), int(width), int(height), world_to_cam)
+    return Photo(name, path, intrinsics(lens, width, height, bad), int(width), int(height), world_to_cam)
 
 
 def _depth(root: Path, lens: dict, bad: Bad) -> tuple[Path | None, float]:
@@ -202,7 +202,8 @@ def _distortion(lens: dict, bad: Bad) -> tuple[str, dict[str, float]] | None:
     return (model, params) if fisheye or params else None
 
 
-def _intrinsics(lens: dict, width: float, height: float, bad: Bad) -> Float[Array, "3 3"]:
+def intrinsics(lens: dict, width: float, height: float, bad: Bad) -> Float[Array, "3 3"]:
+    """K of a frame's entries, in pixels of width x height. Raises bad(why) for what is no camera."""
     focal = []
     for (length, angle), side in zip(_FOCAL, (width, height)):
         if lens.get(length) is not None:
@@ -221,8 +222,8 @@ def _intrinsics(lens: dict, width: float, height: float, bad: Bad) -> Float[Arra
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
 
 
-def _world_to_cam(frame: dict, undo: Array, bad: Bad) -> Float[Array, "4 4"]:
-    """OpenCV axes, in the world that `undo` leads to."""
+def pose(frame: dict, undo: Array, bad: Bad) -> Float[Array, "4 4"]:
+    """world_to_cam of a frame: OpenCV axes, in the world that `undo` leads to. Raises bad(why) for what is no pose."""
     cam_to_world = undo @ _matrix(frame, "transform_matrix", bad)
     axes, centre = _axes(cam_to_world, bad), cam_to_world[:3, 3]
     if np.linalg.det(axes) < 0:

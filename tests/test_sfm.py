@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from alignment import errors
+from alignment import centre, errors
 from PIL import Image, ImageFilter
 
 from splatkit import config, paths, sfm

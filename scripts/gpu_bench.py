@@ -3,7 +3,9 @@
 gsplat gets what is best for it: activated values as leaves, packed both ways, our loss in the training step, torch's fused Adam.
 """
 import functools
+import platform
 import statistics
+import subprocess
 import time
 from pathlib import Path
 
@@ -18,6 +20,15 @@ from splatkit.raster import record, render, splat_gradients
 from splatkit.scene import Scene
 
 GROUPS = ("means", "quats", "log_scales", "logit_opacities", "sh")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def provenance(dry: bool, commit: str | None, peer: bool) -> dict:
+    """What a figure was measured on: card, driver, commit (`commit` where there is no git), versions."""
+    said = lambda *command: subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return {"card": "none (dry)" if dry else torch.cuda.get_device_name(), "driver": "" if dry else said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "commit": commit or said("git", "rev-parse", "--short", "HEAD"), "torch": torch.__version__, "python": platform.python_version(),
+            "gsplat": __import__("gsplat").__version__ if peer else None}
 
 
 @functools.cache

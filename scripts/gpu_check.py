@@ -9,7 +9,6 @@ Each part stays under nine minutes. gsplat's columns need `pip install gsplat` (
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -18,14 +17,12 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_bench import GROUPS, Ours, Theirs, clock, dense, peak_bytes, pixel_pair
+from gpu_bench import GROUPS, ROOT, Ours, Theirs, clock, dense, peak_bytes, pixel_pair, provenance
 
 from splatkit import native
 from splatkit.camera import Cameras
 from splatkit.raster import RasterSettings, RasterStats, render
 from splatkit.scene import Scene
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Bench:
@@ -312,16 +309,13 @@ def main() -> None:
         return
     if not args.dry and (why := native.available()["cuda"]):
         sys.exit(f"gpu_check.py: {why}")
-    card = "none (dry)" if args.dry else torch.cuda.get_device_name()
-    out = args.out or (None if args.dry else ROOT / "benchmarks" / f"gpu_{card.lower().replace(' ', '_')}.json")
+    origin = provenance(args.dry, args.commit, bench.peer)
+    out = args.out or (None if args.dry else ROOT / "benchmarks" / f"gpu_{origin['card'].lower().replace(' ', '_')}.json")
     result = json.loads(out.read_text()) if out and out.exists() else {}
-    commit = args.commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    driver = "" if args.dry else subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False).stdout.strip()
     for name in args.parts or PARTS:
         start = time.monotonic()
         found = PARTS[name](bench)
-        result[name] = {"result": found, "seconds": round(time.monotonic() - start, 1), "card": card, "driver": driver, "commit": commit, "torch": torch.__version__,
-                        "python": platform.python_version(), "gsplat": __import__("gsplat").__version__ if bench.peer else None}
+        result[name] = {"result": found, "seconds": round(time.monotonic() - start, 1), **origin}
         print(f"-- {name}: {result[name]['seconds']} s", flush=True)
         if out:
             out.write_text(json.dumps(result, indent=1) + "\n")

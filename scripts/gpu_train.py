@@ -223,14 +223,16 @@ def teacher_case(config: Reconstruct, gaussians: int, count: int, start: int, wi
     cameras = Cameras.cat(photos)
     middle, up = focus(cameras), estimate_up(cameras)
     away = cameras.centres - middle
-    height, radius = (away @ up).median(), (away - (away @ up)[:, None] * up).norm(dim=1).median()
+    above, radius = (away @ up).median(), (away - (away @ up)[:, None] * up).norm(dim=1).median()
     across = torch.nn.functional.normalize(torch.linalg.cross(up, away[0]), dim=0)
-    along, views, on_device = torch.linalg.cross(across, up), [], teacher.to(device)
-    for k in range(count):
-        turn, ring = 2 * math.pi * k / count, (0.85, 1.15)[k % 2]
-        eye = middle + radius * (math.cos(turn) * across + math.sin(turn) * along) + ring * height * up
-        camera = Cameras(look_at(eye, middle, up)[None], cameras.K[:1], width, height).to(device)
-        views.append(View(k, camera, render(on_device, camera).color[0].clamp(0, 1)))
+    along = torch.linalg.cross(across, up)
+    turns, rings = 2 * math.pi * torch.arange(count) / count, torch.tensor([0.85, 1.15]).repeat(count)[:count]
+    eyes = middle + radius * (turns.cos()[:, None] * across + turns.sin()[:, None] * along) + (rings * above)[:, None] * up
+    poses = [Cameras(look_at(eye, middle, up)[None], cameras.K[:1], width, height).to(device) for eye in eyes]
+    # Large ones, and those right before a camera, would be fog that other cameras do not see.
+    teacher = teacher.replace(log_scales=teacher.log_scales.clamp(max=math.log(0.03 * float(radius)))).rows(torch.cdist(teacher.means, eyes).amin(1) > 0.4 * radius)
+    on_device = teacher.to(device)
+    views = [View(k, camera, render(on_device, camera).color[0].clamp(0, 1)) for k, camera in enumerate(poses)]
     held = views[::config.hold_every]
     train = [dataclasses.replace(view, place=place) for place, view in enumerate(view for k, view in enumerate(views) if k % config.hold_every)]
     extent, rows = extent_of(train), torch.randperm(len(teacher), generator=g)[:start]

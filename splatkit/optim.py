@@ -230,9 +230,9 @@ Decay = tuple[str, float, float]        # "opacity" or "scale", strength over pi
 def adam_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Float[Tensor, " columns"], betas: tuple[float, float], eps: float,
           steps: int | Int[Tensor, " N"], visible: Bool[Tensor, " N"] | None = None, decay: Decay | None = None) -> None:
     """One Adam step in place on param, m, v [N, ...]; `steps` counts from 1, for all rows or for each. Native where there is a
-    library for the tensors."""
+    library for the tensors; on a card it reads 16 bytes at a time, so rows cut out of a tensor may fall to torch."""
     library = native.library_for(param)
-    if library is None or not param.is_contiguous():
+    if library is None or not param.is_contiguous() or (param.is_cuda and any(x.data_ptr() % 16 for x in (param, grad, m, v))):
         return adam_reference_(param, grad, m, v, rates, betas, eps, steps, visible, decay)
     attribute, strength, ceiling = decay or ("plain", 0.0, 0.0)
     each = torch.stack(_corrections(steps, betas), dim=1).to(param) if isinstance(steps, Tensor) else None

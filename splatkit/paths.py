@@ -240,7 +240,7 @@ def focus(cameras: Cameras) -> Float[Tensor, " 3"]:
     are from their middle on average (1 for a single place).
     """
     centres, forward = cameras.centres.double(), cameras.world_to_cam[:, 2, :3].double()
-    across = torch.eye(3, dtype=torch.float64) - forward[:, :, None] * forward[:, None, :]
+    across = torch.eye(3, dtype=torch.float64, device=forward.device) - forward[:, :, None] * forward[:, None, :]
     total = across.sum(0)
     if float(torch.linalg.eigvalsh(total)[0]) > 1e-3 * len(cameras):
         point = torch.linalg.solve(total, (across @ centres[..., None]).sum(0).squeeze(-1))

@@ -150,6 +150,20 @@ def test_the_first_pose_and_the_size_of_the_whole_are_held_and_rotations_stay_ro
     assert poses.log_focal.shape == (1,) and poses.log_focal.abs() > 1e-3
 
 
+@pytest.mark.gpu
+def test_cameras_take_the_steps_of_the_cpu_on_a_card():
+    """Of every photo: its moments are a row of a tensor, which starts at no multiple of 16 bytes."""
+    moved = []
+    for device in ("cpu", "cuda"):
+        cameras, g = [c.to(device) for c in some_cameras(5)], torch.Generator().manual_seed(0)
+        poses = Poses(cameras, 1.0, 1e-2, 1e-2)
+        for i in range(10):
+            v_pose, v_K = (torch.randn(1, k, k, generator=g, dtype=torch.float64).to(device) for k in (4, 3))
+            poses.step(i % 5, poses.camera(cameras[i % 5], i % 5), v_pose, v_K)
+        moved.append(torch.cat([poses.world_to_cam.flatten(), poses.log_focal.double()]).cpu())
+    assert torch.allclose(*moved, atol=1e-5)
+
+
 def test_a_gradient_that_is_not_finite_moves_no_camera():
     cameras = some_cameras()
     poses = Poses(cameras, 1.0, 1e-2, 1e-2)

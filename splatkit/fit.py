@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from . import native
 from .camera import Cameras
 from .config import Reconstruct
 from .exposure import Exposures
 from .growth import Fixed
 from .io import checkpoint
 from .io.depth import nearest_known
-from .metrics import inverse_depth_l1, l1_ssim
+from .metrics import inverse_depth_l1, l1_ssim, l1_ssim_and_gradient
 from .optim import Adam, AttributeDecay, StateDecay, sh_learning_rates
 from .poses import Poses
 from .raster import RasterSettings, record, splat_gradients
@@ -150,6 +151,9 @@ class Fit:
 
     def _loss(self, color: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """The photometric loss of a picture, its gradient by that, the picture as this photo's exposure has it, and the gradients of the exposures."""
+        if self.exposures is None and native.library_for(color) is not None:
+            loss, v_color = l1_ssim_and_gradient(color, view.photo, self.config.ssim_weight, view.mask)
+            return loss, v_color, color.detach(), []
         with torch.enable_grad():
             color = color.detach().requires_grad_()
             seen = self.exposures.apply(color, view.place) if self.exposures else color
@@ -193,7 +197,7 @@ class Fit:
         values = torch.autograd.grad(results, wanted, v_results)
         grads = dict(zip(scene.fields(), values))
         scene = scene.detach()
-        unfit = self.shard.any([not bool(torch.isfinite(g.sum())) for g in grads.values()])
+        unfit = self.shard.any((~torch.isfinite(torch.stack([g.sum() for g in grads.values()]))).tolist())     # one look: on a card each waits
         if bad := [name for name, is_unfit in zip(grads, unfit) if is_unfit]:
             for x in vars(self.growth.stats).values() if self.growth.stats else ():
                 x.nan_to_num_(0, 0, 0)

@@ -72,7 +72,7 @@ class Cameras:
     def resized(self, width: int, height: int) -> Cameras:
         """The same views at another image size: K is scaled by both exact ratios."""
         ratio = torch.tensor([width / self.width, height / self.height, 1.0], dtype=torch.float64)
-        return self.replace(K=(self.K.double() * ratio.to(self.device)[:, None]).to(self.dtype), width=width, height=height)
+        return self.replace(K=(self.K.double() * ratio.to(self.device, non_blocking=True)[:, None]).to(self.dtype), width=width, height=height)
 
     def check(self) -> None:
         """Raises ValueError naming the camera whose pose or intrinsics cannot be used."""

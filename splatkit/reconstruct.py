@@ -130,7 +130,7 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
                 i = fit.queue.pop()
                 seen = view(i) if step > config.coarse_fraction * config.steps else view(i).halved()
                 if config.random_background:
-                    background = torch.rand(3, generator=fit.order).to(views.device)
+                    background = torch.rand(3, generator=fit.order).to(views.device, non_blocking=True)
                 rate = exponential_decay(step, config.steps, config.lr.means, config.lr.means_final) * extent
                 loss, color, bad = fit.step_on(seen, background, min(fit.scene.sh_degree, (step - 1) // config.sh_every), settings, rate)
                 skipped = skipped + 1 if bad else 0

@@ -33,8 +33,10 @@ class Exposures:
 
     @torch.no_grad()
     def step(self, grads: list[Tensor]) -> None:
-        """One step; a gradient that is not finite is left out."""
-        if not all(bool(torch.isfinite(g).all()) for g in grads):
+        """One step; a gradient that is not finite is left out. On a card, where a look would wait, it counts as zeros."""
+        if grads[0].is_cuda:
+            grads = [torch.where(torch.isfinite(g).all(), g, 0) for g in grads]
+        elif not all(bool(torch.isfinite(g).all()) for g in grads):
             return
         self.steps_taken += 1
         for name, x, g in zip(("log_gain", "offset"), self.parameters, grads):

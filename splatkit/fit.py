@@ -129,9 +129,11 @@ class Fit:
         scene, and one tensor of the moments after the other, for a moment."""
         due = self.shard.world > 1 and self.growth.due(step)
         whole = self._gather if due else lambda x: x
+        scene = self.scene.detach()
         if due:
             self.growth.map_stats(whole)
-        scene, edit = self.growth.after_step(self.scene.detach().map(whole), step)
+            scene = scene.map(whole)
+        scene, edit = self.growth.after_step(scene, step)
         part = self.shard.part(len(scene)) if due else None
         if part:
             scene = scene.map(part.of)

@@ -87,8 +87,12 @@ def test_a_view_at_half_size_has_half_the_camera_and_the_mean_of_its_pixels(phot
 def poisoned(monkeypatch, steps):
     """The photometric loss is NaN in these calls."""
     from splatkit import fit
-    loss, calls = fit.l1_ssim, []
-    monkeypatch.setattr(fit, "l1_ssim", lambda *a, **k: (calls.append(0), loss(*a, **k) * (float("nan") if len(calls) in steps else 1))[1])
+    loss, calls = fit.l1_ssim_and_gradient, []
+
+    def sometimes(*a, **k):
+        calls.append(0)
+        return tuple(x * (float("nan") if len(calls) in steps else 1) for x in loss(*a, **k))
+    monkeypatch.setattr(fit, "l1_ssim_and_gradient", sometimes)
 
 
 @pytest.mark.parametrize("kind", ["mcmc", "adc"])

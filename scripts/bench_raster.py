@@ -83,7 +83,7 @@ class Workload:
         self.pairs = torch.empty(int(self.counts[0, 1]), dtype=torch.int32)
 
     def project(self, lib):
-        lib.sk_project(*self.head, self.splats, self.order, self.radii, self.tiles, self.counts, None, 0, None)
+        lib.sk_project(*self.head, self.head[0], self.splats, self.order, self.radii, self.tiles, self.counts, None, 0, None)
 
     def forward(self, lib):
         self.project(lib)
@@ -185,7 +185,7 @@ def accuracy(points, cameras) -> dict:
             s, c, n = scene.to(dtype=dtype), cams.to(dtype=dtype), len(scene)
             order, counts = torch.zeros(1, n, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int64)
             lib.sk_project(n, 1, c.width, c.height, -1, 16, operators.packed_settings(settings), *[x.contiguous() for x in s.fields().values()], c.world_to_cam, c.K,
-                           None, torch.empty(1, n, operators.SPLAT, dtype=dtype), order, torch.empty(1, n, dtype=dtype), torch.empty(1, n, dtype=torch.int64),
+                           None, n, torch.empty(1, n, operators.SPLAT, dtype=dtype), order, torch.empty(1, n, dtype=dtype), torch.empty(1, n, dtype=torch.int64),
                            counts, None, 0, None)
             orders.append(order[0, : int(counts[0, 0])].clone())
         rows[name]["sort orders equal"] = all(torch.equal(orders[0], o) for o in orders)

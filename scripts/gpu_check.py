@@ -91,8 +91,8 @@ def orders(b: Bench) -> dict:
         lib = native.library_of(s.means)
         ints, counts = dict(dtype=torch.int64, device=device), torch.zeros(1, 3, dtype=torch.int64, device=device)
         order = torch.zeros(1, n, dtype=torch.int32, device=device)
-        lib.sk_project(n, 1, c.width, c.height, -1, 16, packed_settings(RasterSettings()), *[x.contiguous() for x in s.fields().values()], c.world_to_cam, c.K, None,
-                       s.means.new_empty(1, n, SPLAT), order, s.means.new_empty(1, n), torch.empty(1, n, **ints), counts, *lib.room("PROJECT", n))
+        lib.sk_project(n, 1, c.width, c.height, -1, 16, packed_settings(RasterSettings()), *[x.contiguous() for x in s.fields().values()], c.world_to_cam, c.K, None, n,
+                       s.means.new_empty(1, n, SPLAT), order, s.means.new_empty(1, n), torch.empty(1, n, **ints), counts, *lib.room("PROJECT", n, capacity=n))
         found.append((int(counts[0, 0]), order[0, :int(counts[0, 0])].cpu()))
     return {"visible": [f[0] for f in found], "orders equal": found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])}
 

@@ -1,23 +1,12 @@
-"""How a picture on a card gets room for its pairs before their number is known: with stand-ins for the card's counts."""
+"""How a picture on a card gets room for its pairs and visible Gaussians before their numbers are known: with stand-ins for the card."""
 import pytest
 import torch
 
 from splatkit.raster import operators
 
 
-class Counts:
-    """Counts [C,3] on a card, that arrive on the host when asked."""
-
-    is_cuda, device = True, "cuda:0"
-
-    def __init__(self, pairs, bad=0):
-        self.pairs, self.bad = pairs, bad
-
-    def __len__(self):
-        return 1
-
-    def tolist(self):
-        return [[9, self.pairs, self.bad]]
+class OnCard(torch.Tensor):
+    is_cuda = property(lambda self: True)
 
 
 class Copied:
@@ -25,25 +14,36 @@ class Copied:
         pass
 
 
+N = 40_000_000
+
+
 @pytest.fixture
 def draw(monkeypatch):
-    """draw(pairs) -> the capacities that the blend was called with."""
-    monkeypatch.setattr(operators, "_capacity", {})
+    """draw(pairs) -> the capacities that the blend was called with; draw.rooms: how many visible Gaussians the last picture's projections had room for."""
+    monkeypatch.setattr(operators, "_room", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(operators._landing, "send", lambda counts: (counts, Copied()))
-    capturing = [False]
+    capturing, rooms = [False], []
 
-    def of(pairs, bad=0, limit=None, capture=False):
+    def of(pairs, bad=0, limit=None, capture=False, visible=9):
         calls, capturing[0] = [], capture
+        rooms.clear()
 
-        def blend(capacity):
+        def project(*inputs):
+            rooms.append(inputs[-1] if len(inputs) == 13 else None)
+            return *[torch.zeros(1)] * 4, torch.tensor([[visible, pairs, bad]])
+
+        def blend(projected, capacity):
             calls.append(capacity)
             if limit is not None and capacity > limit:
                 raise torch.OutOfMemoryError("too much")
-        K = torch.eye(3)[None]
-        operators._after_projection(Counts(pairs, bad), (torch.zeros(1, 3), torch.zeros(1, 4), torch.zeros(1, 3), torch.zeros(1), torch.zeros(1, 1, 3)), torch.eye(4)[None], K,
-                                    (64, 48), blend)
+        monkeypatch.setattr(operators, "project", project)
+        fields = (torch.zeros(1, 3).expand(N, 3).as_subclass(OnCard), torch.zeros(1, 4), torch.zeros(1, 3), torch.zeros(1), torch.zeros(1, 1, 3))
+        if bad:
+            fields = (torch.zeros(1, 3).as_subclass(OnCard), *fields[1:])
+        operators._projected(fields, torch.eye(4)[None], torch.eye(3)[None], None, 64, 48, 0, torch.zeros(1), blend)
         return calls
+    of.rooms = rooms
     return of
 
 
@@ -85,3 +85,18 @@ def test_a_graph_is_captured_with_the_room_of_before_or_refused(draw):
         draw(100, capture=True)
     room = draw(100)
     assert draw(100, capture=True) == room
+
+
+def test_as_many_are_sorted_as_the_last_pictures_showed_and_all_where_that_was_too_few(draw):
+    draw(100, visible=1_000_000)
+    assert draw.rooms == [N]                                # nothing is known yet
+    assert len(draw(100, visible=1_050_000)) == 1 and len(draw.rooms) == 1 and 1_050_000 <= draw.rooms[0] < 1_200_000
+    again = draw(100, visible=3_000_000)
+    assert len(again) == 2 and len(draw.rooms) == 2 and draw.rooms[1] is None       # projected and blended again, without a limit
+    assert len(draw(100, visible=3_000_000)) == 1 and 3_000_000 <= draw.rooms[0] < 3_500_000
+
+
+def test_a_captured_graph_sorts_all_that_are_there(draw):
+    draw(100)
+    draw(100, capture=True)
+    assert draw.rooms == [None]

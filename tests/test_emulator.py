@@ -64,14 +64,15 @@ def test_kernels_compute_what_the_double_library_does(emulated, subject):
     assert not far
 
 
-def projected(lib, scene, cameras, settings=DEFAULT):
+def projected(lib, scene, cameras, settings=DEFAULT, capacity=None):
     """What sk_project writes; places that it leaves untouched hold -7."""
     scene, cameras = scene.to(dtype=lib.real), cameras.to(dtype=lib.real)
     C, N, new = len(cameras), len(scene), lambda dtype, *shape: torch.full(shape, -7, dtype=dtype)
     out = {"splats": new(lib.real, C, N, CONST["SK_SPLAT"]), "order": new(torch.int32, C, N), "radii": new(lib.real, C, N),
            "tiles": new(torch.int64, C, N), "counts": new(torch.int64, C, 3)}
     lib.sk_project(N, C, cameras.width, cameras.height, scene.sh_degree, scene.sh.shape[1], packed_settings(settings),
-                   *scene.fields().values(), cameras.world_to_cam, cameras.K, cameras.rows, *out.values(), *lib.room("PROJECT", N))
+                   *scene.fields().values(), cameras.world_to_cam, cameras.K, cameras.rows, N if capacity is None else capacity, *out.values(),
+                   *lib.room("PROJECT", N, capacity=N if capacity is None else capacity))
     return out
 
 
@@ -88,6 +89,18 @@ def test_visibility_and_order_are_those_of_the_double_library(emulated, settings
     for c, visible in enumerate(expected["counts"][:, 0].tolist()):
         assert 100 < visible < 900
         assert torch.equal(actual["order"][c, :visible], expected["order"][c, :visible])
+
+
+def test_rows_beyond_the_room_for_sorting_stand_unsorted_but_each_once(emulated):
+    scene, cameras = random_scene(900, degree=0, dtype=F32), ring(2, width=60, height=50, dtype=F32, distance=1.2)
+    whole = projected(emulated, scene, cameras)
+    for capacity in (0, 1, 100, 256, int(whole["counts"][0, 0])):
+        few = projected(emulated, scene, cameras, capacity=capacity)
+        assert all(torch.equal(few[k], whole[k]) for k in ("counts", "radii", "tiles"))
+        for c, visible in enumerate(whole["counts"][:, 0].tolist()):
+            assert torch.equal(few["order"][c, :visible].sort().values, whole["order"][c, :visible].sort().values)
+            if visible <= capacity:
+                assert torch.equal(few["order"][c, :visible], whole["order"][c, :visible])
 
 
 def test_a_fixed_order_gives_the_same_bits_twice_and_the_free_order_s_sums(emulated):

@@ -86,7 +86,7 @@ def projected(name, scene, cameras, settings=DEFAULT):
     out = {"splats": new(lib.real, C, N, CONST["SK_SPLAT"]), "order": new(torch.int32, C, N), "radii": new(lib.real, C, N),
            "tiles": new(torch.int64, C, N), "counts": new(torch.int64, C, 3)}
     lib.sk_project(N, C, cameras.width, cameras.height, scene.sh_degree, scene.sh.shape[1], packed_settings(settings),
-                   *scene.fields().values(), cameras.world_to_cam, cameras.K, cameras.rows, *out.values(), None, 0, None)
+                   *scene.fields().values(), cameras.world_to_cam, cameras.K, cameras.rows, N, *out.values(), None, 0, None)
     return lib, out
 
 

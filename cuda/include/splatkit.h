@@ -54,14 +54,15 @@ SK_API int32_t sk_set_threads(int32_t threads);
 // GFLOP/s of independent fused multiply-adds in registers on `threads` threads, measured for about `seconds`.
 SK_API double sk_fma_peak(int32_t threads, double seconds);
 
-// Words of scratch that an entry needs on this library; capacity is sk_blend's, and for sk_blend_vjp the tiles that all boxes of `tiles` hold where the
+// Words of scratch that an entry needs on this library; capacity is sk_project's or sk_blend's, and for sk_blend_vjp the tiles that all boxes of `tiles` hold where the
 // settings say SK_DETERMINISTIC, else 0.
 enum { SK_FOR_PROJECT = 0, SK_FOR_PROJECT_VJP = 1, SK_FOR_BLEND = 2, SK_FOR_BLEND_VJP = 3, SK_FOR_UPLIFT = 4, SK_FOR_L1_SSIM = 5 };
 SK_API int64_t sk_scratch(int32_t entry, int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, int64_t capacity);
 
-// Projects n Gaussians into C cameras. sh_degree = -1: no colour (sh may be NULL). sh_bands is K, the coefficients stored per row.
+// Projects n Gaussians into C cameras. sh_degree = -1: no colour (sh may be NULL). sh_bands is K, the coefficients stored per row. The CUDA library sorts up to
+// `capacity` visible rows of a camera: where there are more, they stand in `order` in no order, and the caller looks at counts. n is always enough.
 // Out: splats [C,n,SK_SPLAT] (rows with radii > 0 only), order [C,n] (visible rows, front to back, ties by row), radii [C,n] (0 = not drawn), tiles [C,n] (the box that a row reaches: x0 | x1 << 12 | y0 << 24 | y1 << 36, ends excluded, and << 48 how many of its tiles, 65535 for more; 0 = nothing), counts [C,3] (visible, pairs, rows that hold a NaN or an infinity and were left out).
-SK_API int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, real* splats, int32_t* order, real* radii, int64_t* tiles, int64_t* counts, int64_t* scratch, int64_t scratch_words, void* stream);
+SK_API int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, int64_t capacity, real* splats, int32_t* order, real* radii, int64_t* tiles, int64_t* counts, int64_t* scratch, int64_t scratch_words, void* stream);
 
 // The vector-Jacobian product of sk_project. v_splats is overwritten nowhere; v_sh, v_world_to_cam, v_K optional. All v_ outputs are overwritten whole.
 SK_API int32_t sk_project_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, const real* radii, const real* v_splats, real* v_means, real* v_quats, real* v_log_scales, real* v_logit_opacities, real* v_sh, real* v_world_to_cam, real* v_K, int64_t* scratch, int64_t scratch_words, void* stream);

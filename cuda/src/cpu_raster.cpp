@@ -134,7 +134,7 @@ template <class Tile, class Sum> void in_bands(const int64_t* tile_offsets, int6
 
 extern "C" {
 
-int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, real* splats, int32_t* order, real* radii, int64_t* tiles, int64_t* counts, int64_t*, int64_t, void*) {
+int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, const real* world_to_cam, const real* K, const int64_t* rows, int64_t, real* splats, int32_t* order, real* radii, int64_t* tiles, int64_t* counts, int64_t*, int64_t, void*) {
   return guarded("sk_project", [&] {
     constexpr int64_t GROUP = 8;   // chunks of one task
     const int64_t chunks = (n + CHUNK - 1) / CHUNK;

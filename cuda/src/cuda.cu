@@ -22,11 +22,18 @@ template <class F> int32_t guarded(const char* entry, F&& f) {
 }
 
 struct ProjectScratch {
-  uint32_t *keys, *keys_sorted;
-  int32_t* ids;
-  size_t bytes;
+  uint32_t *keys, *keys_sorted, *keys_packed = nullptr;
+  int32_t *ids, *drawn = nullptr;
+  int64_t* starts = nullptr;
+  size_t adding = 0, sorting;
   char* temporary;
-  ProjectScratch(Scratch& s, int64_t n) : keys(s.take<uint32_t>(n)), keys_sorted(s.take<uint32_t>(n)), ids(s.take<int32_t>(n)), bytes(sort_bytes(n, 4)), temporary(s.take<char>(bytes)) {}
+  ProjectScratch(Scratch& s, int64_t n, int64_t capacity) : keys(s.take<uint32_t>(n)), keys_sorted(s.take<uint32_t>(capacity)), ids(s.take<int32_t>(capacity)), sorting(sort_bytes(capacity, 4)) {
+    if (capacity < n) {
+      keys_packed = s.take<uint32_t>(capacity), drawn = s.take<int32_t>(warps_of(n)), starts = s.take<int64_t>(warps_of(n));
+      adding = sum_bytes(warps_of(n));
+    }
+    temporary = s.take<char>(adding > sorting ? adding : sorting);
+  }
 };
 
 struct BlendVjpScratch {
@@ -109,7 +116,7 @@ int64_t sk_scratch(int32_t entry, int64_t n, int32_t cameras, int32_t width, int
   const int32_t status = guarded("sk_scratch", [&] {
     expect_small(n);
     expect_small(capacity);
-    if (entry == SK_FOR_PROJECT) ProjectScratch(s, n);
+    if (entry == SK_FOR_PROJECT) ProjectScratch(s, n, capacity);
     if (entry == SK_FOR_PROJECT_VJP) s.take<double>((int64_t)16 * blocks_for(n, VJP_ROWS));
     if (entry == SK_FOR_BLEND) bin(bin_args(n, cameras, width, height, capacity), s, nullptr);
     if (entry == SK_FOR_BLEND_VJP) BlendVjpScratch(s, n, cameras, (int64_t)tiles_of(width) * tiles_of(height), channels, capacity);
@@ -118,18 +125,25 @@ int64_t sk_scratch(int32_t entry, int64_t n, int32_t cameras, int32_t width, int
   return status == SK_OK ? s.words() : -1;
 }
 
-int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const float* means, const float* quats, const float* log_scales, const float* logit_opacities, const float* sh, const float* world_to_cam, const float* K, const int64_t* rows, float* splats, int32_t* order, float* radii, int64_t* tiles, int64_t* counts, int64_t* scratch, int64_t scratch_words, void* stream) {
+int32_t sk_project(int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, const float* means, const float* quats, const float* log_scales, const float* logit_opacities, const float* sh, const float* world_to_cam, const float* K, const int64_t* rows, int64_t capacity, float* splats, int32_t* order, float* radii, int64_t* tiles, int64_t* counts, int64_t* scratch, int64_t scratch_words, void* stream) {
   return guarded("sk_project", [&] {
     expect_small(n);
     const cudaStream_t to = (cudaStream_t)stream;
     Scratch memory(scratch, scratch_words);
-    const ProjectScratch s(memory, n);
+    capacity = capacity < n ? capacity : n;
+    const ProjectScratch s(memory, n, capacity);
     check(cudaMemsetAsync(counts, 0, sizeof(int64_t) * 3 * cameras, to), "memset");
     for (int c = 0; c < cameras && n; c++) {
+      const bool all = capacity == n;
       const ProjectArgs a = {n, width, height, sh_degree, sh_bands, Settings(settings), cut_of<float>(settings), means, quats, log_scales, logit_opacities, sh, world_to_cam + 16 * c, K + 9 * c,
-                             offset(rows, 2 * c), splats + c * n * SK_SPLAT, radii + c * n, tiles + c * n, counts + 3 * c, s.keys, s.ids, nullptr};
+                             offset(rows, 2 * c), splats + c * n * SK_SPLAT, radii + c * n, tiles + c * n, counts + 3 * c, s.keys, all ? s.ids : nullptr, s.drawn, nullptr};
       project(a, to);
-      sort_pairs(s.temporary, s.bytes, s.keys, s.keys_sorted, s.ids, order + c * n, n, 32, to);
+      if (!all) {
+        exclusive_sum(s.temporary, s.adding, s.drawn, s.starts, warps_of(n), to);
+        check(cudaMemsetAsync(s.keys_packed, 0xff, sizeof *s.keys_packed * capacity, to), "memset");   // what is not written sorts behind
+        pack_drawn(a, s.starts, capacity, s.keys_packed, s.ids, order + c * n, to);
+      }
+      sort_pairs(s.temporary, s.sorting, all ? s.keys : s.keys_packed, s.keys_sorted, s.ids, order + c * n, capacity, 32, to);
     }
   });
 }
@@ -141,7 +155,7 @@ int32_t sk_project_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height
     double* pose = v_world_to_cam || v_K ? memory.take<double>((int64_t)16 * blocks_for(n, VJP_ROWS)) : nullptr;
     for (int c = 0; c < cameras && n; c++) {
       const ProjectArgs a = {n, width, height, sh_degree, sh_bands, Settings(settings), cut_of<float>(settings), means, quats, log_scales, logit_opacities, sh, world_to_cam + 16 * c, K + 9 * c,
-                             offset(rows, 2 * c), nullptr, const_cast<float*>(radii) + c * n, nullptr, nullptr, nullptr, nullptr, const_cast<float*>(v_splats) + c * n * SK_SPLAT};
+                             offset(rows, 2 * c), nullptr, const_cast<float*>(radii) + c * n, nullptr, nullptr, nullptr, nullptr, nullptr, const_cast<float*>(v_splats) + c * n * SK_SPLAT};
       project_vjp(a, {{v_means, v_quats, v_log_scales, v_logit_opacities, v_sh}, pose, c > 0}, offset(v_world_to_cam, 16 * c), offset(v_K, 9 * c), to);
     }
     if (n == 0 && v_world_to_cam) check(cudaMemsetAsync(v_world_to_cam, 0, sizeof(float) * 16 * cameras, to), "memset");
@@ -257,7 +271,7 @@ int32_t sk_adam(int64_t n, int32_t columns, float* param, const float* grad, flo
 int32_t sk_project_vjp_adam(int64_t n, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, float* means, float* quats, float* log_scales, float* logit_opacities, float* sh, const float* world_to_cam, const float* K, const float* radii, float* v_splats, float* m_means, float* m_quats, float* m_log_scales, float* m_logit_opacities, float* m_sh, float* v_means, float* v_quats, float* v_log_scales, float* v_logit_opacities, float* v_sh, const float* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const float* corrections, int32_t sparse, double opacity_decay, double scale_decay, double decay_max, double opacity_pull, double scale_pull, int64_t*, int64_t, void* stream) {
   return guarded("sk_project_vjp_adam", [&] {
     const ProjectArgs a = {n, width, height, sh_degree, sh_bands, Settings(settings), cut_of<float>(settings), means, quats, log_scales, logit_opacities, sh, world_to_cam, K,
-                           nullptr, nullptr, const_cast<float*>(radii), nullptr, nullptr, nullptr, nullptr, v_splats};
+                           nullptr, nullptr, const_cast<float*>(radii), nullptr, nullptr, nullptr, nullptr, nullptr, v_splats};
     ProjectStep s = {{means, quats, log_scales, logit_opacities, sh}, {m_means, m_quats, m_log_scales, m_logit_opacities, m_sh}, {v_means, v_quats, v_log_scales, v_logit_opacities, v_sh},
                      learning_rates, corrections, beta1, beta2, epsilon, 0, 0, opacity_decay, scale_decay, decay_max, (float)opacity_pull, (float)scale_pull, sparse != 0};
     bias_corrections(beta1, beta2, step, s.correct1, s.correct2);

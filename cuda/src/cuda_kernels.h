@@ -15,10 +15,13 @@ struct ProjectArgs {
   float *splats, *radii;
   int64_t *tiles, *counts;
   uint32_t* keys;                 // [n]: depth, or all ones where not drawn
-  int32_t* ids;                   // [n]: 0, 1, 2 ...
+  int32_t *ids, *drawn;           // [n]: 0, 1, 2 ..., [warps_of(n)]: how many rows of a warp are drawn; either may be null
   float* v_splats;                // of the gradient alone; a step uses it up
 };
 void project(const ProjectArgs& a, cudaStream_t stream);   // counts must be 0 before
+inline int64_t warps_of(int64_t n) { return (n + 31) / 32; }
+// Packs the keys and rows of the drawn; starts [warps_of(n)] says where those of a warp's rows begin. Behind `capacity` of them the rows go to `order`.
+void pack_drawn(const ProjectArgs& a, const int64_t* starts, int64_t capacity, uint32_t* keys, int32_t* ids, int32_t* order, cudaStream_t stream);
 
 constexpr int VJP_ROWS = 128;      // rows of a block: its registers leave no room for more
 // What becomes of the gradients: written (or added), or taken at once as a step of Adam.

@@ -5,6 +5,8 @@ namespace sk {
 
 namespace {
 
+constexpr uint32_t NOT_DRAWN = 0xffffffffu;
+
 __device__ bool finite(float x) { return x - x == 0; }
 
 template <int DEGREE> __global__ void __launch_bounds__(ROWS) project_kernel(ProjectArgs a) {
@@ -16,7 +18,7 @@ template <int DEGREE> __global__ void __launch_bounds__(ROWS) project_kernel(Pro
   int bad = 0, tiles = 0;
   bool drawn = false;
   if (row < a.n) {
-    uint32_t key = 0xffffffffu;
+    uint32_t key = NOT_DRAWN;
     float radius = 0;
     int64_t box = 0;
     const bool in_range = !a.rows || (row >= a.rows[0] && row < a.rows[1]);
@@ -51,7 +53,7 @@ template <int DEGREE> __global__ void __launch_bounds__(ROWS) project_kernel(Pro
       }
     }
     a.keys[row] = key;
-    a.ids[row] = (int32_t)row;
+    if (a.ids) a.ids[row] = (int32_t)row;
     a.radii[row] = radius;
     a.tiles[row] = box;
   }
@@ -60,6 +62,7 @@ template <int DEGREE> __global__ void __launch_bounds__(ROWS) project_kernel(Pro
   tiles = sum_of_warp(tiles);
   bad = sum_of_warp(bad);
   if (threadIdx.x % 32 == 0) {
+    if (a.drawn && row < a.n) a.drawn[row / 32] = visible;
     if (visible) atomicAdd(&sums[0], (unsigned long long)visible);
     if (tiles) atomicAdd(&sums[1], (unsigned long long)tiles);
     if (bad) atomicAdd(&sums[2], (unsigned long long)bad);
@@ -68,11 +71,30 @@ template <int DEGREE> __global__ void __launch_bounds__(ROWS) project_kernel(Pro
   if (threadIdx.x < 3 && sums[threadIdx.x]) atomicAdd((unsigned long long*)a.counts + threadIdx.x, sums[threadIdx.x]);
 }
 
+// The keys and rows of the drawn, side by side.
+__global__ void __launch_bounds__(ROWS) pack_kernel(ProjectArgs a, const int64_t* starts, int64_t capacity, uint32_t* keys, int32_t* ids, int32_t* order) {
+  const int64_t row = (int64_t)blockIdx.x * ROWS + threadIdx.x;
+  const uint32_t key = row < a.n ? a.keys[row] : NOT_DRAWN;
+  const unsigned mask = __ballot_sync(FULL, key != NOT_DRAWN);
+  if (key == NOT_DRAWN) return;
+  const int64_t at = starts[row / 32] + __popc(mask & ((1u << threadIdx.x % 32) - 1));
+  if (at < capacity) {
+    keys[at] = key;
+    ids[at] = (int32_t)row;
+  } else {
+    order[at] = (int32_t)row;
+  }
+}
+
 }  // namespace
 
 void project(const ProjectArgs& a, cudaStream_t stream) {
   decltype(&project_kernel<0>) kernels[] = {project_kernel<-1>, project_kernel<0>, project_kernel<1>, project_kernel<2>, project_kernel<3>};
   launch("project", kernels[a.sh_degree + 1], dim3(blocks_for(a.n)), dim3(ROWS), 0, stream, a);
+}
+
+void pack_drawn(const ProjectArgs& a, const int64_t* starts, int64_t capacity, uint32_t* keys, int32_t* ids, int32_t* order, cudaStream_t stream) {
+  launch("pack", pack_kernel, dim3(blocks_for(a.n)), dim3(ROWS), 0, stream, a, starts, capacity, keys, ids, order);
 }
 
 }  // namespace sk

@@ -118,7 +118,7 @@ Result draw(const Drawing& d) {
   Array<real> splats(C * N * SK_SPLAT), radii(C * N);
   Array<int32_t> order(C * N);
   Array<int64_t> tiles(C * N), counts(3 * C), offsets((int64_t)C * ((W + SK_TILE - 1) / SK_TILE) * ((H + SK_TILE - 1) / SK_TILE) + 1), needed(1);
-  must(sk_project(N, C, W, H, d.degree, d.bands, s, means->data, quats->data, scales->data, logits->data, coefficients, poses->data, K->data, rows, splats.data, order.data,
+  must(sk_project(N, C, W, H, d.degree, d.bands, s, means->data, quats->data, scales->data, logits->data, coefficients, poses->data, K->data, rows, N, splats.data, order.data,
                   radii.data, tiles.data, counts.data, nullptr, 0, nullptr), SK_OK, "sk_project");
   int64_t total = 0;
   for (int c = 0; c < C; c++) total += counts.data[3 * c + 1], result.left_out += counts.data[3 * c + 2];

@@ -8,7 +8,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 HEADERS = sorted((REPO / "cuda/include/sk").glob("*.h"))
-CORE = [f"cuda/src/{name}" for name in ("cpu_project.cpp", "cpu_blend.cpp", "cpu_blend_vjp.cpp", "cpu_features.cpp")]
+CORE = [f"cuda/src/{name}" for name in ("cpu_project.cpp", "cpu_bin.cpp", "cpu_blend.cpp", "cpu_blend_vjp.cpp", "cpu_features.cpp")]
 BARE = ["-std=c++17", "-O2", "-fno-exceptions", "-fno-rtti", "-Icuda/include"]
 
 

@@ -3,6 +3,8 @@
 #include "scalar.h"
 #if !defined(__CUDACC__) && defined(__SSE4_1__)
 #include <immintrin.h>
+#elif defined(__wasm_simd128__)
+#include <wasm_simd128.h>
 #endif
 #if !defined(__CUDACC__)
 
@@ -57,6 +59,20 @@ SK_FN Lanes min(Lanes a, Lanes b) { return _mm256_min_ps(a, b); }
 SK_FN Lanes max(Lanes a, Lanes b) { return _mm256_max_ps(a, b); }
 SK_FN Lanes abs(Lanes a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 SK_FN Lanes sqrt(Lanes a) { return _mm256_sqrt_ps(a); }
+SK_FN Lanes reciprocal(Lanes a) { return 1.0f / a; }
+#elif defined(__wasm_simd128__)
+static_assert(is_float, "the wasm build is float");
+typedef IntLanes LaneMask;
+SK_FN LaneMask less(Lanes a, Lanes b) { return a < b; }
+SK_FN LaneMask at_least(Lanes a, Lanes b) { return a >= b; }
+SK_FN LaneMask both(LaneMask a, LaneMask b) { return a & b; }
+SK_FN uint32_t bits(LaneMask m) { return wasm_i32x4_bitmask((v128_t)m); }
+SK_FN bool any(LaneMask m) { return wasm_v128_any_true((v128_t)m); }
+SK_FN Lanes where(LaneMask m, Lanes a, Lanes b) { return (Lanes)wasm_v128_bitselect((v128_t)a, (v128_t)b, (v128_t)m); }
+SK_FN Lanes min(Lanes a, Lanes b) { return (Lanes)wasm_f32x4_pmin((v128_t)b, (v128_t)a); }   // a < b ? a : b; its first is what a NaN leaves
+SK_FN Lanes max(Lanes a, Lanes b) { return (Lanes)wasm_f32x4_pmax((v128_t)b, (v128_t)a); }
+SK_FN Lanes abs(Lanes a) { return (Lanes)wasm_f32x4_abs((v128_t)a); }
+SK_FN Lanes sqrt(Lanes a) { return (Lanes)wasm_f32x4_sqrt((v128_t)a); }
 SK_FN Lanes reciprocal(Lanes a) { return 1.0f / a; }
 #else
 typedef IntLanes LaneMask;

@@ -1,6 +1,6 @@
 /** The compressed PLY of PlayCanvas and SuperSplat: 16 bytes a Gaussian, ranges by chunk of 256, optional SH in 8 bits. */
 import { degreeOf, grouped, numbered, type Ply, startOf } from "./ply";
-import { BadFile, emptyScene, finished, type Loaded, logitOfByte, SH_C0 } from "./reading";
+import { BadFile, emptyScene, finished, type Loaded, LOGITS, SH_C0 } from "./reading";
 
 const CHUNK = 256;
 const PACKED = ["packed_position", "packed_rotation", "packed_scale", "packed_color"];
@@ -30,27 +30,46 @@ export function readCompressedPly(ply: Ply): Loaded {
   if (sh && sh.count !== n) throw new BadFile(file, "element sh", `${sh.count} rows for ${n} Gaussians`);
   const rest = sh ? grouped(file, sh, "f_rest") : 0, degree = degreeOf(file, rest), rests = sh ? fields(sh, numbered("f_rest", rest), "u1") : null;
 
-  const scene = emptyScene(file, n, degree), bands = (degree + 1) ** 2;
-  const limit = (row: number, k: number) => limits.getFloat32(4 * (Math.floor(row / CHUNK) * ranges.length + k), true);
-  const between = (row: number, low: number, high: number, t: number) => limit(row, low) * (1 - t) + limit(row, high) * t;
-  const thirds = (v: number): [number, number, number] => [(v >>> 21) / 2047, ((v >>> 11) & 1023) / 1023, (v & 2047) / 2047];
+  const scene = emptyScene(file, n, degree), bands = (degree + 1) ** 2, low = new Float64Array(9).fill(0), high = new Float64Array(9).fill(1), t = new Float64Array(9);
   for (let row = 0; row < n; row++) {
-    const [position, rotation, scale, color] = [0, 4, 8, 12].map((at) => packed.getUint32(16 * row + at, true)) as [number, number, number, number];
-    thirds(position).forEach((t, i) => (scene.means[3 * row + i] = between(row, i, 3 + i, t)));
-    thirds(scale).forEach((t, i) => (scene.logScales[3 * row + i] = between(row, 6 + i, 9 + i, t)));
-    // Two bits say which of w, x, y, z is the largest; the others follow in order.
-    const largest = rotation >>> 30, others = [20, 10, 0].map((shift) => (((rotation >>> shift) & 1023) / 1023 - 0.5) * Math.SQRT2);
-    const missing = Math.sqrt(Math.max(0, 1 - others.reduce((sum, v) => sum + v * v, 0)));
-    for (let i = 0, next = 0; i < 4; i++) scene.quats[4 * row + i] = i === largest ? missing : others[next++]!;
+    if (row % CHUNK === 0) // the chunk's ranges: position, log scale, colour, of which the files keep all lows before all highs
+      for (let i = 0; i < ranges.length / 2; i++) {
+        const at = 4 * ((row / CHUNK) * ranges.length + 6 * Math.floor(i / 3) + (i % 3));
+        low[i] = limits.getFloat32(at, true);
+        high[i] = limits.getFloat32(at + 12, true);
+      }
+    const rotation = packed.getUint32(16 * row + 4, true), color = packed.getUint32(16 * row + 12, true);
+    thirds(packed.getUint32(16 * row, true), t, 0);
+    thirds(packed.getUint32(16 * row + 8, true), t, 3);
+    for (let i = 0; i < 3; i++) t[6 + i] = ((color >>> (24 - 8 * i)) & 255) / 255;
+    for (let i = 0; i < 9; i++) t[i] = low[i]! * (1 - t[i]!) + high[i]! * t[i]!;
     for (let i = 0; i < 3; i++) {
-      const t = ((color >>> (24 - 8 * i)) & 255) / 255;
-      scene.sh[3 * bands * row + i] = ((coloured ? between(row, 12 + i, 15 + i, t) : t) - 0.5) / SH_C0;
+      scene.means[3 * row + i] = t[i]!;
+      scene.logScales[3 * row + i] = t[3 + i]!;
+      scene.sh[3 * bands * row + i] = (t[6 + i]! - 0.5) / SH_C0;
     }
-    scene.logitOpacities[row] = logitOfByte(color & 255);
-    for (let i = 0; i < rest; i++) {
-      const q = rests!.getUint8(rest * row + i), t = q === 0 ? 0 : q === 255 ? 1 : (q + 0.5) / 256;
-      scene.sh[3 * (bands * row + 1 + (i % (bands - 1))) + Math.floor(i / (bands - 1))] = 8 * (t - 0.5);
+    scene.logitOpacities[row] = LOGITS[color & 255]!;
+    // Two bits say which of w, x, y, z is the largest; the others follow in order.
+    const largest = rotation >>> 30;
+    let sum = 0;
+    for (let i = 0, shift = 20; i < 4; i++) {
+      if (i === largest) continue;
+      const value = (((rotation >>> shift) & 1023) / 1023 - 0.5) * Math.SQRT2;
+      scene.quats[4 * row + i] = value;
+      sum += value * value;
+      shift -= 10;
     }
+    scene.quats[4 * row + largest] = Math.sqrt(Math.max(0, 1 - sum));
+    for (let i = 0; i < rest; i++) scene.sh[3 * (bands * row + 1 + (i % (bands - 1))) + Math.floor(i / (bands - 1))] = COEFFICIENTS[rests!.getUint8(rest * row + i)]!;
   }
   return finished(file, scene);
 }
+
+/** 11, 10 and 11 bits, each as a share of its range. */
+function thirds(v: number, out: Float64Array, at: number): void {
+  out[at] = (v >>> 21) / 2047;
+  out[at + 1] = ((v >>> 11) & 1023) / 1023;
+  out[at + 2] = (v & 2047) / 2047;
+}
+
+const COEFFICIENTS = Float64Array.from({ length: 256 }, (_, q) => 8 * ((q === 0 ? 0 : q === 255 ? 1 : (q + 0.5) / 256) - 0.5));

@@ -126,7 +126,7 @@ function readBinary(ply: Ply, vertex: Element, targets: Targets): void {
   }
 }
 
-const NUMBER = /^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$/;
+const DECIMAL = /^[-+.\deE]+$/; // what Number() takes of these characters alone is a decimal number
 
 /** One line per row, as every writer does it. */
 function readAscii(ply: Ply, vertex: Element, targets: Targets): void {
@@ -138,10 +138,10 @@ function readAscii(ply: Ply, vertex: Element, targets: Targets): void {
   }
   const next = (): string[] | null => {
     while (at < bytes.length) {
-      const found = bytes.indexOf(10, at), end = found < 0 ? bytes.length : found, words = latin1(bytes.subarray(at, end)).split(/\s+/).filter(Boolean);
+      const found = bytes.indexOf(10, at), end = found < 0 ? bytes.length : found, words = latin1(bytes.subarray(at, end)).trim().split(/\s+/);
       at = end + 1;
       cut = found < 0;
-      if (words.length) return words;
+      if (words[0]) return words;
     }
     return null;
   };
@@ -152,9 +152,9 @@ function readAscii(ply: Ply, vertex: Element, targets: Targets): void {
     if (!words) throw new BadFile(file, `byte ${bytes.length}`, `the file ends early: ${vertex.count} vertices expected, ${row} found`);
     if (words.length !== columns) throw new BadFile(file, `vertex ${row}`, `a row of ${columns} numbers expected, found ${words.length}`);
     for (const { column, array, width, place } of places) {
-      const word = words[column]!;
-      if (!NUMBER.test(word) && !/^[+-]?(nan|inf|infinity)$/i.test(word)) throw new BadFile(file, `vertex ${row}`, `not a number: ${word.slice(0, 40)}`);
-      array[row * width + place] = NUMBER.test(word) ? Number(word) : NaN;
+      const word = words[column]!, value = DECIMAL.test(word) ? Number(word) : NaN;
+      if (value !== value && !/^[+-]?(nan|inf|infinity)$/i.test(word)) throw new BadFile(file, `vertex ${row}`, `not a number: ${word.slice(0, 40)}`);
+      array[row * width + place] = value;
     }
   }
   if (cut) throw new BadFile(file, `byte ${bytes.length}`, "the last vertex has no line end: the file was cut"); // a number cut in two would still read as one
@@ -212,8 +212,5 @@ function quantised(features: Float32Array, n: number, channels: number) {
 export const numbered = (group: string, count: number): string[] => Array.from({ length: count }, (_, i) => `${group}_${i}`);
 const littleMachine = new Uint8Array(new Uint16Array([1]).buffer)[0] === 1;
 
-function latin1(bytes: Uint8Array): string {
-  let out = "";
-  for (let at = 0; at < bytes.length; at += 8192) out += String.fromCharCode(...bytes.subarray(at, at + 8192));
-  return out;
-}
+const decoder = new TextDecoder("latin1");
+const latin1 = (bytes: Uint8Array): string => decoder.decode(bytes);

@@ -1,5 +1,5 @@
 /** .splat of antimatter15: 32 bytes a Gaussian and nothing else. No header, so a size that is not a multiple of 32 is all that can be refused. */
-import { BadFile, emptyScene, finished, type Loaded, logitOfByte, SH_C0 } from "./reading";
+import { BadFile, emptyScene, finished, type Loaded, LOGITS, SH_C0 } from "./reading";
 
 const RECORD = 32;
 
@@ -15,7 +15,7 @@ export function readSplat(file: string, bytes: Uint8Array): Loaded {
       scene.logScales[3 * row + i] = scale === 0 ? -30 : Math.log(scale);
       scene.sh[3 * row + i] = (bytes[at + 24 + i]! / 255 - 0.5) / SH_C0;
     }
-    scene.logitOpacities[row] = logitOfByte(bytes[at + 27]!);
+    scene.logitOpacities[row] = LOGITS[bytes[at + 27]!]!;
     for (let i = 0; i < 4; i++) scene.quats[4 * row + i] = (bytes[at + 28 + i]! - 128) / 128;
   }
   return finished(file, scene);

@@ -1,6 +1,6 @@
 /** SPZ of Niantic, versions 2 and 3 (gzip). Axes are turned from right-up-back to the right-down-front of the PLY form. */
 import { DEFAULT_HEADER } from "../scene";
-import { BadFile, type Degree, emptyScene, finished, type Loaded, logitOfByte } from "./reading";
+import { BadFile, type Degree, emptyScene, finished, type Loaded, LOGITS } from "./reading";
 
 const HEADER = 16;
 const DEFLATE_MAX = 1032; // bytes out of one byte in, at the very most
@@ -37,7 +37,7 @@ export async function readSpz(file: string, bytes: Uint8Array): Promise<Loaded> 
       scene.logScales[3 * row + i] = unpacked[scales + 3 * row + i]! / 16 - 10;
       scene.sh[3 * bands * row + i] = ((unpacked[colors + 3 * row + i]! / 255 - 0.5) / COLOR_SCALE);
     }
-    scene.logitOpacities[row] = logitOfByte(unpacked[alphas + row]!);
+    scene.logitOpacities[row] = LOGITS[unpacked[alphas + row]!]!;
     if (small) smallestThree(view.getUint32(rotations + 4 * row, true), q);
     else firstThree(unpacked, rotations + 3 * row, q);
     scene.quats.set([q[3]!, q[0]!, -q[1]!, -q[2]!], 4 * row);

@@ -333,6 +333,14 @@ def test_a_few_rows_that_are_not_finite_are_left_out_and_counted(decoder):
     assert "2 of 30" in r["note"] and (fields["means"] == scene.means[kept].numpy()).all() and (fields["sh"] == scene.sh[kept].numpy()).all()
 
 
+def test_a_row_whose_features_are_not_finite_is_left_out(decoder, tmp_path):
+    scene = small_scene(channels=3)
+    io.save(tmp_path / "s.ply", scene)
+    data = (tmp_path / "s.ply").read_bytes()[:-4] + np.float32(np.nan).tobytes()      # the last number is the last row's last feature
+    [r], _, [fields] = decoder([("s.ply", data)])
+    assert "1 of 30" in r["note"] and (np.abs(fields["features"] - scene.features[:29].numpy()) <= 0.501 * fields["scale"]).all()
+
+
 @pytest.mark.parametrize("kind", ["ply", "ascii", "compressed", "splat", "spz2", "spz3"])
 def test_a_file_cut_anywhere_is_refused(decoder, kind):
     name, data = original(kind)

@@ -47,6 +47,15 @@ struct BlendArgs {
   real *color, *alpha, *expected_depth, *median_depth, *features_out;
 };
 
+BlendArgs blend_args(int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const real* features);
+
+// The lists of all tiles, made in slices of the visible rows [visible] that `order` has front to back. First every slice [first, last): spans [visible]
+// are the boxes of its rows, count [tiles] how many rows a tile gets from it. Then once: next [slices,tiles] are those counts, and become where each slice
+// writes; tile_offsets [tiles+1] start at base. Then every slice again, with its row of `next`.
+void count_tiles(const BlendArgs& a, const int32_t* order, const int64_t* reached, int64_t first, int64_t last, int64_t visible, int64_t* spans, int32_t* count);
+void start_tiles(const BlendArgs& a, int64_t slices, int64_t base, int32_t* next, int64_t* tile_offsets);
+void fill_tiles(const BlendArgs& a, const int32_t* order, const int64_t* spans, int64_t first, int64_t last, int32_t* next, int32_t* pairs);
+
 struct TileScratch {
   alignas(64) real g[(BATCH + 1) * SK_SPLAT];   // the last one is a Gaussian that touches nothing
   alignas(64) real px[256], py[256], running[256], left[256], r[256], gr[256], b[256], depth[256], median[256];

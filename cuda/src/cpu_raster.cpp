@@ -32,55 +32,15 @@ struct Spares {   // zeros [count] for each thread
   }
 };
 
-BlendArgs blend_args(int32_t width, int32_t height, int32_t channels, const double* settings, const real* splats, const real* features) {
-  BlendArgs a = {};
-  a.width = width;
-  a.height = height;
-  a.tiles_x = tiles_of(width);
-  a.tiles_y = tiles_of(height);
-  a.channels = channels;
-  a.cut = cut_of<real>(settings);
-  a.alpha_max = (real)settings[SK_ALPHA_MAX];
-  a.transmittance_min = (real)settings[SK_TRANSMITTANCE_MIN];
-  a.splats = splats;
-  a.features = features;
-  return a;
-}
-
-// Puts the visible rows, front to back, into the lists of the tiles that they reach: a counting sort by tile in slices, stable.
+// Puts the visible rows, front to back, into the lists of the tiles that they reach, in slices.
 void bin(const BlendArgs& a, const int32_t* order, const int64_t* reached, int64_t visible, int64_t base, int32_t* pairs, int64_t* tile_offsets) {
   const int64_t tiles = (int64_t)a.tiles_x * a.tiles_y;
   const int64_t slices = visible < 8192 ? 1 : visible / 4096 < 16 ? visible / 4096 : 16;
   Buffer<int32_t> next(slices * tiles);
   Buffer<int64_t> spans(visible);
-  auto for_tiles = [&](int64_t span, auto&& f) {
-    const TileSpan t = unpacked(span);
-    for (int32_t row = t.y0 * a.tiles_x; row < t.y1 * a.tiles_x; row += a.tiles_x)
-      for (int32_t x = t.x0; x < t.x1; x++) f(row + x);
-  };
-  parallel(slices, [&](int64_t s, int) {
-    int32_t* count = next.data + s * tiles;
-    memset(count, 0, sizeof(int32_t) * tiles);
-    for (int64_t i = visible * s / slices; i < visible * (s + 1) / slices; i++) {
-      if (i + 16 < visible) __builtin_prefetch(reached + order[i + 16]);
-      spans[i] = reached[order[i]];
-      for_tiles(spans[i], [&](int32_t t) { count[t]++; });
-    }
-  });
-  int64_t at = 0;
-  for (int64_t t = 0; t < tiles; t++) {
-    tile_offsets[t] = base + at;
-    for (int64_t s = 0; s < slices; s++) {
-      const int32_t c = next[s * tiles + t];
-      next[s * tiles + t] = (int32_t)at;
-      at += c;
-    }
-  }
-  tile_offsets[tiles] = base + at;
-  parallel(slices, [&](int64_t s, int) {
-    int32_t* to = next.data + s * tiles;
-    for (int64_t i = visible * s / slices; i < visible * (s + 1) / slices; i++) for_tiles(spans[i], [&](int32_t t) { pairs[base + to[t]++] = order[i]; });
-  });
+  parallel(slices, [&](int64_t s, int) { count_tiles(a, order, reached, visible * s / slices, visible * (s + 1) / slices, visible, spans.data, next.data + s * tiles); });
+  start_tiles(a, slices, base, next.data, tile_offsets);
+  parallel(slices, [&](int64_t s, int) { fill_tiles(a, order, spans.data, visible * s / slices, visible * (s + 1) / slices, next.data + s * tiles, pairs + base); });
 }
 
 // Marks the entries that are the first ones of their rows: ~row instead of row. seen [n] has the rows that came before.

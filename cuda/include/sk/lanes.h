@@ -4,6 +4,9 @@
 #if !defined(__CUDACC__) && defined(__SSE4_1__)
 #include <immintrin.h>
 #endif
+#if defined(__wasm_simd128__)
+#include <wasm_simd128.h>
+#endif
 #if !defined(__CUDACC__)
 
 namespace sk {
@@ -58,6 +61,20 @@ SK_FN Lanes max(Lanes a, Lanes b) { return _mm256_max_ps(a, b); }
 SK_FN Lanes abs(Lanes a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 SK_FN Lanes sqrt(Lanes a) { return _mm256_sqrt_ps(a); }
 SK_FN Lanes reciprocal(Lanes a) { return 1.0f / a; }
+#elif defined(__wasm_simd128__)
+static_assert(is_float, "the wasm build is float");
+typedef IntLanes LaneMask;
+SK_FN LaneMask less(Lanes a, Lanes b) { return a < b; }
+SK_FN LaneMask at_least(Lanes a, Lanes b) { return a >= b; }
+SK_FN LaneMask both(LaneMask a, LaneMask b) { return a & b; }
+SK_FN uint32_t bits(LaneMask m) { return wasm_i32x4_bitmask((v128_t)m); }
+SK_FN bool any(LaneMask m) { return wasm_v128_any_true((v128_t)m); }
+SK_FN Lanes where(LaneMask m, Lanes a, Lanes b) { return (Lanes)((m & (IntLanes)a) | (~m & (IntLanes)b)); }   // one bitselect, or one `and` where b is 0
+SK_FN Lanes min(Lanes a, Lanes b) { return (Lanes)wasm_f32x4_pmin((v128_t)b, (v128_t)a); }   // a < b ? a : b; its first is what a NaN leaves
+SK_FN Lanes max(Lanes a, Lanes b) { return (Lanes)wasm_f32x4_pmax((v128_t)b, (v128_t)a); }
+SK_FN Lanes abs(Lanes a) { return (Lanes)wasm_f32x4_abs((v128_t)a); }
+SK_FN Lanes sqrt(Lanes a) { return (Lanes)wasm_f32x4_sqrt((v128_t)a); }
+SK_FN Lanes reciprocal(Lanes a) { return 1.0f / a; }
 #else
 typedef IntLanes LaneMask;
 SK_FN LaneMask less(Lanes a, Lanes b) { return a < b; }
@@ -102,8 +119,12 @@ SK_FN IntLanes added(IntLanes a, IntLanes b) { return (IntLanes)((BareLanes)a + 
 
 // Four neighbouring columns of W rows, row i being base + rows[i] * stride, to four registers (lane i = row i) and back. Only the first
 // `columns` are read or written. Not by gather: with the microcode of 2023 against its leak, one costs 58 cycles on some processors.
+#if defined(__SSE4_1__) || defined(__wasm_simd128__)
+#define SK_HAS_QUADS
+constexpr int QUADS = W < 4 ? 1 : W / 4;   // of 128 bits, a register
 #if defined(__SSE4_1__)
-SK_FN __m128 load_quad(const float* p, int columns) {
+typedef __m128 Quad;
+SK_FN Quad load_quad(const float* p, int columns) {
   if (columns >= 4) return _mm_loadu_ps(p);
   if (columns == 1) return _mm_load_ss(p);
   double two;   // p need not be aligned for it
@@ -111,13 +132,28 @@ SK_FN __m128 load_quad(const float* p, int columns) {
   const __m128 pair = _mm_castpd_ps(_mm_set_sd(two));
   return columns == 3 ? _mm_insert_ps(pair, _mm_load_ss(p + 2), 0x20) : pair;
 }
-SK_FN void store_quad(float* p, int columns, __m128 v) {
+SK_FN void store_quad(float* p, int columns, Quad v) {
   if (columns >= 4) return _mm_storeu_ps(p, v);
   if (columns == 1) return _mm_store_ss(p, v);
   const double two = _mm_cvtsd_f64(_mm_castps_pd(v));
   __builtin_memcpy(p, &two, sizeof two);
   if (columns == 3) _mm_store_ss(p + 2, _mm_movehl_ps(v, v));
 }
+#else
+typedef Lanes Quad;
+SK_FN Quad load_quad(const float* p, int columns) {
+  if (columns >= 4) return load(p);
+  if (columns == 1) return (Quad)wasm_v128_load32_zero(p);
+  const v128_t pair = wasm_v128_load64_zero(p);
+  return (Quad)(columns == 3 ? wasm_v128_load32_lane(p + 2, pair, 2) : pair);
+}
+SK_FN void store_quad(float* p, int columns, Quad v) {
+  if (columns >= 4) return store(p, v);
+  if (columns == 1) return wasm_v128_store32_lane(p, (v128_t)v, 0);
+  wasm_v128_store64_lane(p, (v128_t)v, 0);
+  if (columns == 3) wasm_v128_store32_lane(p + 2, (v128_t)v, 2);
+}
+#endif
 SK_FN void transpose_quads(Lanes& a, Lanes& b, Lanes& c, Lanes& d) {   // 4 x 4 within every 128 bits
 #if defined(__AVX512F__)
   const __m512 ab0 = _mm512_unpacklo_ps(a, b), ab1 = _mm512_unpackhi_ps(a, b), cd0 = _mm512_unpacklo_ps(c, d), cd1 = _mm512_unpackhi_ps(c, d);
@@ -125,38 +161,42 @@ SK_FN void transpose_quads(Lanes& a, Lanes& b, Lanes& c, Lanes& d) {   // 4 x 4 
 #elif defined(__AVX2__)
   const __m256 ab0 = _mm256_unpacklo_ps(a, b), ab1 = _mm256_unpackhi_ps(a, b), cd0 = _mm256_unpacklo_ps(c, d), cd1 = _mm256_unpackhi_ps(c, d);
   a = _mm256_shuffle_ps(ab0, cd0, 0x44), b = _mm256_shuffle_ps(ab0, cd0, 0xEE), c = _mm256_shuffle_ps(ab1, cd1, 0x44), d = _mm256_shuffle_ps(ab1, cd1, 0xEE);
-#else
+#elif defined(__SSE4_1__)
   __m128 x = (__m128)a, y = (__m128)b, z = (__m128)c, w = (__m128)d;
   _MM_TRANSPOSE4_PS(x, y, z, w);
   a = (Lanes)x, b = (Lanes)y, c = (Lanes)z, d = (Lanes)w;
+#else
+  const v128_t x = (v128_t)a, y = (v128_t)b, z = (v128_t)c, w = (v128_t)d;
+  const v128_t xy0 = wasm_i32x4_shuffle(x, y, 0, 4, 1, 5), xy1 = wasm_i32x4_shuffle(x, y, 2, 6, 3, 7), zw0 = wasm_i32x4_shuffle(z, w, 0, 4, 1, 5), zw1 = wasm_i32x4_shuffle(z, w, 2, 6, 3, 7);
+  a = (Lanes)wasm_i64x2_shuffle(xy0, zw0, 0, 2), b = (Lanes)wasm_i64x2_shuffle(xy0, zw0, 1, 3);
+  c = (Lanes)wasm_i64x2_shuffle(xy1, zw1, 0, 2), d = (Lanes)wasm_i64x2_shuffle(xy1, zw1, 1, 3);
 #endif
 }
-constexpr int QUADS = W < 4 ? 1 : W / 4;   // of 128 bits, a register
 // A register out of its quads and back. By instructions: through memory the wide read would wait for the narrow writes.
 #if defined(__AVX512F__)
-SK_FN Lanes join_quads(const __m128* q) {
+SK_FN Lanes join_quads(const Quad* q) {
   const __m512 low = _mm512_insertf32x4(_mm512_castps128_ps512(q[0]), q[1], 1);
   return _mm512_insertf32x4(_mm512_insertf32x4(low, q[2], 2), q[3], 3);
 }
-template <int j> SK_FN __m128 quad_of(Lanes v) { return _mm512_extractf32x4_ps(v, j); }
+template <int j> SK_FN Quad quad_of(Lanes v) { return _mm512_extractf32x4_ps(v, j); }
 #elif defined(__AVX2__)
-SK_FN Lanes join_quads(const __m128* q) { return (Lanes)_mm256_insertf128_ps(_mm256_castps128_ps256(q[0]), q[1], 1); }
-template <int j> SK_FN __m128 quad_of(Lanes v) { return _mm256_extractf128_ps((__m256)v, j); }
+SK_FN Lanes join_quads(const Quad* q) { return (Lanes)_mm256_insertf128_ps(_mm256_castps128_ps256(q[0]), q[1], 1); }
+template <int j> SK_FN Quad quad_of(Lanes v) { return _mm256_extractf128_ps((__m256)v, j); }
 #else
-SK_FN Lanes join_quads(const __m128* q) { return (Lanes)q[0]; }
-template <int j> SK_FN __m128 quad_of(Lanes v) { return (__m128)v; }
+SK_FN Lanes join_quads(const Quad* q) { return (Lanes)q[0]; }
+template <int j> SK_FN Quad quad_of(Lanes v) { return (Quad)v; }
 #endif
 SK_FN void load_columns_float(const float* base, const int32_t* rows, int stride, int columns, Lanes* out) {
 #pragma GCC unroll 4
   for (int k = 0; k < 4; k++) {
-    __m128 q[QUADS];
+    Quad q[QUADS];
 #pragma GCC unroll 4
     for (int j = 0; j < QUADS; j++) q[j] = load_quad(base + (int64_t)rows[4 * j + k] * stride, columns);
     out[k] = join_quads(q);
   }
   transpose_quads(out[0], out[1], out[2], out[3]);
 }
-SK_FN void store_row(float* p, int columns, __m128 v, bool add) { store_quad(p, columns, add ? _mm_add_ps(load_quad(p, columns), v) : v); }
+SK_FN void store_row(float* p, int columns, Quad v, bool add) { store_quad(p, columns, add ? load_quad(p, columns) + v : v); }
 template <int j> SK_FN void store_quads(float* base, const int32_t* rows, int used, int stride, int columns, const Lanes* t, bool add) {
 #pragma GCC unroll 4
   for (int k = 0; k < 4; k++)
@@ -172,14 +212,14 @@ SK_FN void store_columns_float(float* base, const int32_t* rows, int used, int s
 }
 #endif
 SK_FN void load_columns(const real* base, const int32_t* rows, int stride, int columns, Lanes* out) {
-#if defined(__SSE4_1__)
+#if defined(SK_HAS_QUADS)
   if (is_float) return load_columns_float((const float*)base, rows, stride, columns, out);
 #endif
   for (int j = 0; j < columns; j++)
     for (int i = 0; i < W; i++) out[j][i] = base[(int64_t)rows[i] * stride + j];
 }
 SK_FN void store_columns(real* base, const int32_t* rows, int used, int stride, int columns, const Lanes* in, bool add) {
-#if defined(__SSE4_1__)
+#if defined(SK_HAS_QUADS)
   if (is_float) return store_columns_float((float*)base, rows, used, stride, columns, in, add);
 #endif
   for (int i = 0; i < used; i++)

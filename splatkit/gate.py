@@ -78,6 +78,12 @@ class Door(web.RequestHandler):
 
     __slots__ = ()
 
+    def connection_made(self, transport):
+        if len(self._manager.connections) >= SOCKETS_MAX:
+            transport.abort()
+        else:
+            super().connection_made(transport)
+
     def handle_error(self, request, status=500, exc=None, message=None):
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun")
@@ -97,12 +103,6 @@ class Server(web.Server):
 
     def __call__(self) -> Door:
         return Door(self, loop=self._loop, **self._kwargs)
-
-    def connection_made(self, handler, transport) -> None:
-        if len(self._connections) >= SOCKETS_MAX:
-            transport.abort()
-            return
-        super().connection_made(handler, transport)
 
 
 def reply(status: int, text: str, kind: str = "text/plain", headers: dict[str, str] | None = None) -> web.Response:

@@ -27,6 +27,7 @@ from .shown import PHOTO_SIDE_MAX, Cache, Gone, Shown
 
 SLICE = 256 * 1024      # bytes of a body that are written at once
 PATIENCE = 60           # seconds that a reader may take for a body
+BACKLOG = 512           # connections that wait to be taken: with fewer a burst makes others wait for seconds
 ROUTES = [              # method, path, its name; the page and the socket are open to requests without a token
     ("GET", re.compile(r"/"), "page"),
     ("GET", re.compile(r"/api/socket"), "socket"),
@@ -116,7 +117,7 @@ class Viewer:
 
     async def _listen(self) -> None:
         self.server = gate.Server(self._answer)
-        self._listeners = [await self.loop.create_server(self.server, sock=s, backlog=gate.SOCKETS_MAX) for s in self._sockets]
+        self._listeners = [await self.loop.create_server(self.server, sock=s, backlog=BACKLOG) for s in self._sockets]
 
     async def _close(self, seconds: float) -> None:
         for listener in self._listeners:
@@ -272,9 +273,9 @@ def _jpeg(view) -> bytes:
 def _drawn(shown: Shown, frame: gate.Frame) -> bytes:
     """PNG of the scene from a camera, by the rasterizer that runs draw with."""
     from PIL import Image
-    camera = Cameras(torch.tensor(frame.world_to_cam).view(1, 4, 4), torch.tensor(frame.K).view(1, 3, 3), frame.width, frame.height)
+    camera = Cameras(torch.tensor(frame.world_to_cam, dtype=torch.float32).view(1, 4, 4), torch.tensor(frame.K, dtype=torch.float32).view(1, 3, 3), frame.width, frame.height)
     with torch.no_grad():
-        color = render(shown.present.scene.replace(features=None), camera, background=torch.tensor(frame.background), settings=shown.settings).color[0]
+        color = render(shown.present.scene.replace(features=None), camera, background=torch.tensor(frame.background, dtype=torch.float32), settings=shown.settings).color[0]
     out = io.BytesIO()
     Image.fromarray(color_picture(color)).save(out, "PNG", compress_level=1)
     return out.getvalue()
@@ -282,9 +283,9 @@ def _drawn(shown: Shown, frame: gate.Frame) -> bytes:
 
 def _listening(port: int, everywhere: bool) -> list[socket.socket]:
     """Sockets of one port on 127.0.0.1 and, where there is IPv6, on ::1; with `everywhere` on all addresses. Raises OSError where IPv4's is taken."""
-    out = [socket.create_server(("" if everywhere else "127.0.0.1", port), backlog=gate.SOCKETS_MAX)]
+    out = [socket.create_server(("" if everywhere else "127.0.0.1", port), backlog=BACKLOG)]
     with contextlib.suppress(OSError):
-        out.append(socket.create_server(("::" if everywhere else "::1", out[0].getsockname()[1]), family=socket.AF_INET6, backlog=gate.SOCKETS_MAX))
+        out.append(socket.create_server(("::" if everywhere else "::1", out[0].getsockname()[1]), family=socket.AF_INET6, backlog=BACKLOG))
     return out
 
 

@@ -432,7 +432,7 @@ def watched(photos, tmp_path_factory, cpu_library):     # noqa: F811
             while True:
                 client.take()
         except ConnectionError:
-            pass
+            client.raw.close()
     thread = threading.Thread(target=look)
     thread.start()
     done = False

@@ -1,0 +1,15 @@
+/** Starts the page: a scene that it carries, else the server that it came from, else an invitation to drop a file. */
+import "./styles.css";
+import { App } from "./app";
+import { readContainer } from "./wire";
+
+const canvas = document.createElement("canvas");
+canvas.style.cssText = "width:100%;height:100%;display:block";
+document.body.append(canvas);
+const app = new App(canvas);
+const carried = document.getElementById("scene");
+if (carried) {
+  const { manifest, scene } = readContainer(Uint8Array.from(atob(carried.textContent.trim()), (c) => c.charCodeAt(0)));
+  app.open(scene, manifest);
+}
+Object.assign(window, { splatkit: app });

@@ -74,20 +74,32 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
         settings: Annotated[config.Reconstruct, tyro.conf.arg(name="")] = default,
         preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
         config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.yaml")] = None,
+        view: tyro.conf.FlagCreatePairsOff[bool] = False,
+        port: int = 0,
+        host: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = (),
     ) -> int:
         """Fit a scene to photos or a film.
 
         Args:
             preset: Start from configs/reconstruct/NAME.yaml: cpu or gpu (what runs when neither this nor --config is given, by the device), quick (a first look).
+            view: Show the scene in a browser while it is fitted: at the address that is printed, until the run ends.
+            port: Of that address; 0 is any free one.
+            host: Further names of this machine in that address, for browsers elsewhere, as `splatkit view` has them.
             config: Lay the values of this file over the preset, or over the defaults where none is named; flags come last.
         """
         from .reconstruct import reconstruct
 
-        progress = Progress(settings.steps)
+        progress, watching, done = Progress(settings.steps), None, False
+        if view:
+            from .view import Watching
+            watching = Watching(progress.note, port, host)
         try:
-            result = reconstruct(settings, progress, progress.note)
+            result = reconstruct(settings, progress, progress.note, **({"watcher": watching} if watching else {}))
+            done = True
         finally:
             progress.close()
+            if watching:
+                watching.close(done)
         if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":      # of the processes that torchrun started, one speaks
             print(result.short() if result else "no photo was held out; the scene is written")
             print(f"scene: {settings.output / 'scene.ply'}")
@@ -187,6 +199,56 @@ def render(
     return 0
 
 
+def view(
+    scenes: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="SCENE_OR_RUN [...]")]],
+    port: int = 0,
+    host: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = (),
+) -> int:
+    """Show scenes in a browser.
+
+    Args:
+        scenes: Scene files, or run folders of `splatkit reconstruct`, which come with their photos, cameras and metrics.
+        port: Of the address that is printed; 0 is any free one.
+        host: Names under which browsers on other machines may reach this one. They get what is shown by plain HTTP: whoever can listen on the way sees it, and
+            the token; a tunnel (ssh -L PORT:127.0.0.1:PORT) needs no --host and is safe.
+    """
+    if not scenes:
+        raise ValueError("nothing to show: expected a scene file or a run folder")
+    from .serve import Viewer
+    from .view import opened
+
+    note = lambda line: print(line, file=sys.stderr, flush=True)
+    viewer = Viewer([opened(path, note) for path in scenes], port, host, note).start()
+    try:
+        print(f"view: {viewer.url}", flush=True)
+        if host:
+            note(f"any machine that reaches port {viewer.port} can connect, by plain HTTP; the address has the key: give it to nobody else")
+        note("Ctrl-C ends it")
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        viewer.close(0)
+
+
+def export(
+    scene: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SCENE_OR_RUN")]],
+    html: Annotated[Path, tyro.conf.arg(metavar="OUT.html")],
+) -> int:
+    """Write a scene as one HTML file that shows it without a server.
+
+    Args:
+        scene: A scene file, or a run folder of `splatkit reconstruct`.
+        html: The file to write. It holds the scene and the names of its photos, not the photos, and connects to nothing.
+    """
+    from .view import export_html
+
+    export_html(scene, html, lambda line: print(line, file=sys.stderr))
+    print(f"page: {html} ({html.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
 def demo(output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")] = Path("runs/demo")) -> int:
     """Photograph a procedural room, reconstruct it, say how well and where the picture is. Needs no download.
 
@@ -215,7 +277,7 @@ def doctor() -> int:
     return 0 if doctor.can_render() else 1
 
 
-VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "doctor": doctor, "demo": demo}
+VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "view": view, "export": export, "doctor": doctor, "demo": demo}
 
 
 class Progress:

@@ -123,8 +123,8 @@ class Fit:
         go = self._by_recorded_picture if self.recorded else self._by_autograd
         return go(view, background, sh_degree, settings, rate)
 
-    def grow(self, step: int) -> None:
-        """Ends a step with the changes of rows that are due. The processes that share a scene each work out the change of all of it: they hold the whole
+    def grow(self, step: int) -> Edit | None:
+        """Ends a step with the changes of rows that are due, and says how rows changed (None: not at all). The processes that share a scene each work out the change of all of it: they hold the whole
         scene, and one tensor of the moments after the other, for a moment."""
         due = self.shard.world > 1 and self.growth.due(step)
         whole = self._gather if due else lambda x: x
@@ -141,6 +141,7 @@ class Fit:
         if part:
             self.adam.part = self.growth.part = part
         self.scene, self.step = scene, step
+        return edit
 
     def _gather(self, x: Tensor) -> Tensor:
         return self.shard.gather(x, self.gaussians)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
 
 from . import config as configs
 from . import io
@@ -32,21 +33,34 @@ from .io.source import POSES, RECORD, is_bare
 from .optim import exponential_decay
 from .paths import estimate_up
 from .poses import refined
-from .scene import Scene
+from .scene import Edit, Scene
 from .sfm import pose
 from .shard import Shard, joined, versions
-from .views import raster_settings, views_of, working_device
+from .views import Views, raster_settings, views_of, working_device
 
 PHOTO_CACHE_BYTES = 2 << 30
 SKIPS_MAX = 10      # steps without a finite gradient in a row, at which a run stops
 
 
-def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **k: None, say: Report = silent) -> Evaluation | None:
+class Watcher:
+    """What a run tells one who watches it, between its steps, and waits for: who keeps something of the scene keeps a copy. This one does nothing."""
+
+    def begun(self, fit: Fit, views: Views, train: list[int], header: SceneHeader) -> None:
+        """Before the first step. `train` are the photos, by their number in the capture, that steps are taken on."""
+
+    def stepped(self, fit: Fit, edit: Edit | None, photo: int, loss: Tensor) -> None:
+        """After each step: how rows changed (None: not at all), and the loss on a photo, which a card may still be working on."""
+
+    def recorded(self, record: dict) -> None:
+        """A line of metrics.jsonl."""
+
+
+def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **k: None, say: Report = silent, watcher: Watcher | None = None) -> Evaluation | None:
     """Fits a scene to the photos of `config.data` and writes the run folder: config.yaml, metrics.jsonl, checkpoint/, scene.ply, eval/;
     for photos without poses and films also sfm/, with the poses (sfm.pose), and where cameras are refined cameras.json with these.
 
     The scene lives in the world of the photos' poses. `report(step, gaussians, **numbers)` is called every hundred steps, `say(line)` for
-    what the user should know about the photos. On Ctrl-C the scene so far is written before KeyboardInterrupt goes on. Returns the
+    what the user should know about the photos; `watcher` is told of every step. On Ctrl-C the scene so far is written before KeyboardInterrupt goes on. Returns the
     evaluation, None when no photo is held out.
 
     Under torchrun its processes share the scene (`shard`), on the CPU or on a card each. The first one reports, writes the run folder, and
@@ -58,10 +72,12 @@ def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **
     """
     with joined() as shard:
         first = shard.rank == 0
-        return _reconstruct(config, report if first else lambda *a, **k: None, say if first else silent, shard)
+        if watcher and shard.world > 1:
+            raise ValueError("--view shows a run of one process; several share the scene, and none has all of it: leave it out, and see the result with `splatkit view`")
+        return _reconstruct(config, report if first else lambda *a, **k: None, say if first else silent, watcher or Watcher(), shard)
 
 
-def _reconstruct(config: Reconstruct, report: Callable[..., None], say: Report, shard: Shard) -> Evaluation | None:
+def _reconstruct(config: Reconstruct, report: Callable[..., None], say: Report, watcher: Watcher, shard: Shard) -> Evaluation | None:
     working_device(config)          # before anything that takes long
     if is_bare(config.data):
         if shard.world > 1 and not (config.output / POSES / RECORD).is_file():      # the others could not wait for hours
@@ -79,13 +95,13 @@ def _reconstruct(config: Reconstruct, report: Callable[..., None], say: Report, 
     run = config.output
     run.mkdir(parents=True, exist_ok=True)
     with checkpoint.lock(run) if shard.rank == 0 else contextlib.nullcontext():
-        scene = _fit(views, train, config, report, say, shard)
+        scene = _fit(views, train, config, report, say, watcher, shard)
         if not held or shard.rank != 0:
             return None
         return compare(scene, dataclasses.replace(views, capture=refined(views.capture, run / "cameras.json")), held, config, run / "eval")
 
 
-def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[..., None], say: Report, shard: Shard) -> Scene:
+def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[..., None], say: Report, watcher: Watcher, shard: Shard) -> Scene:
     run, start = config.output, time.monotonic()
     cameras = {i: views.camera(i) for i in train}
     bytes_per_photo = (17 if config.depth.source != "none" else 13) * max(c.width * c.height for c in cameras.values())
@@ -122,6 +138,7 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
             else:
                 (run / "cameras.json").unlink(missing_ok=True)      # of an earlier run here
 
+    watcher.begun(fit, views, train, SceneHeader(settings.changed(), up, False, source, fit.step))
     skipped, skips_max = 0, 1 if fit.recorded else SKIPS_MAX       # where it is looked at every hundred steps only, there is nothing left to go on with
     try:
         with (run / "metrics.jsonl" if shard.rank == 0 else Path(os.devnull)).open("a") as log:
@@ -139,13 +156,14 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
                 if skipped == skips_max:
                     raise Diverged(f"{run}: the gradients of {', '.join(bad)} were not finite in {skips_max} steps in a row, up to step {step}; the last checkpoint "
                                    "and scene.ply are as they were before: lower the learning rates (--lr.*) and go on with --resume, or start anew")
-                fit.grow(step)
+                watcher.stepped(fit, fit.grow(step), i, loss)
                 if step % 100 == 0 or step == config.steps:
                     mse = float((color - seen.photo)[slice(None) if seen.mask is None else seen.mask].square().mean())
                     record = {"step": step, "loss": float(loss), "psnr_train": -10 * math.log10(max(mse, 1e-12)), "gaussians": fit.gaussians,
                               "seconds": round(time.monotonic() - start, 3)}
                     log.write(json.dumps(record) + "\n")
                     log.flush()
+                    watcher.recorded(record)
                     report(step, fit.gaussians, psnr=record["psnr_train"])
                 if step % config.save_every == 0 or step == config.steps:
                     save()

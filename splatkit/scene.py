@@ -109,6 +109,11 @@ class Scene:
                             log_scales=self.log_scales + math.log(scale),
                             sh=rotate_sh(self.sh, rotation))
 
+    def show(self, header=None, height: int = 600):
+        """The scene for a cell of a Jupyter notebook; `header`, a SceneHeader, says how it must be drawn, and `height` is in pixels. See splatkit.view.show()."""
+        from importlib import import_module     # the one look upwards: what shows a scene stands on it, and nothing here needs it
+        return import_module("splatkit.view").show(self, header, height)
+
     @staticmethod
     def cat(scenes: list[Scene]) -> Scene:
         """The rows of all scenes, in order. Their SH degrees must agree, and all or none carry features."""

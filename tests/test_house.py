@@ -15,13 +15,17 @@ PACKAGE = REPO / "splatkit"
 FLOORS = [      # imports point down or stay on their floor
     {"scene", "camera", "capture", "errors", "config", "native", "_compat"},
     {"raster", "io"},
-    {"optim", "adc", "density", "metrics", "lpips", "exposure", "poses", "rooms", "paths", "film", "views"},
+    {"wire", "optim", "adc", "density", "metrics", "lpips", "exposure", "poses", "rooms", "paths", "film", "views"},
     {"growth", "shard"},
     {"fit", "initial"},
     {"reconstruct", "evaluation", "sfm", "sfm_worker"},
     {"lift"},
     {"distill"},
+    {"gate", "page"},
+    {"shown"},
+    {"clients"},
     {"serve", "doctor"},
+    {"view"},
     {"cli"},
 ]
 PAGES = sorted(p for p in PACKAGE.rglob("*.py"))

@@ -1,0 +1,264 @@
+"""A scene as a viewer's server has it: the newest copy, its chunks with versions, what belongs beside it; and the copies that a run hands over between its steps."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import wire
+from .capture import Photo, SceneHeader
+from .gate import finite
+from .raster import RasterSettings
+from .scene import Edit, Scene
+
+CACHE_BYTES = 128 << 20
+PHOTO_SIDE_MAX = 1600       # pixels
+UP = (0.0, -1.0, 0.0)       # where a scene does not say: COLMAP's worlds often stand so
+SHARE = 0.015               # of a run's time that its copies may take
+
+
+class Gone(Exception):
+    """A chunk, version or photo that is not there (any more): status and reason."""
+
+    def __init__(self, status: int, why: str):
+        super().__init__(why)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class View:
+    """One of the cameras that a scene was made from, at the size that the run works with."""
+
+    name: str
+    width: int
+    height: int
+    world_to_cam: tuple[float, ...]
+    K: tuple[float, ...]
+    photo: Photo | None = None
+
+    @staticmethod
+    def of(photo: Photo, width: int, height: int) -> View:
+        camera = photo.camera(torch.float64).resized(width, height)
+        return View(photo.name, width, height, tuple(camera.world_to_cam[0].flatten().tolist()), tuple(camera.K[0].flatten().tolist()), photo)
+
+
+@dataclass(frozen=True)
+class State:
+    """One copy of a scene, and the version of each of its chunks: the revision at which it last changed."""
+
+    scene: Scene
+    complete: bool = True           # else without the SH bands above 0
+    step: int | None = None
+    revision: int = 0
+    versions: tuple[int, ...] = ()
+    heat: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, chunk: int) -> slice:
+        return slice(chunk * wire.CHUNK, min((chunk + 1) * wire.CHUNK, len(self.scene)))
+
+    def after(self, before: State | None) -> State:
+        """This copy with versions that follow from those of the one before: a chunk keeps its version where it keeps its bytes."""
+        revision, versions = before.revision + 1 if before else 1, []
+        for k in range(-(-len(self.scene) // wire.CHUNK)):
+            kept = before is not None and k < len(before.versions) and self._equals(before, k)
+            versions.append(before.versions[k] if kept else revision)
+        return dataclasses.replace(self, revision=revision, versions=tuple(versions))
+
+    def _equals(self, other: State, chunk: int) -> bool:
+        rows = self.rows(chunk)
+        if other.rows(chunk) != rows:
+            return False
+        ours, theirs = self.scene.fields(), other.scene.fields()
+        if ours.keys() != theirs.keys() or any(ours[name].shape[1:] != theirs[name].shape[1:] for name in ours):
+            return False
+        # The first rows say enough about most chunks of a scene that trains.
+        for some in (slice(rows.start, min(rows.start + 256, rows.stop)), rows):
+            if not all(_bits_equal(ours[name][some], theirs[name][some]) for name in ours):
+                return False
+        return True
+
+
+class Cache:
+    """Encoded chunks and photos up to so many bytes; the least recently used go first. For the worker alone."""
+
+    def __init__(self, most: int = CACHE_BYTES):
+        self.most, self.held, self.kept = most, 0, OrderedDict()
+
+    def get(self, key, version, make: Callable[[], bytes]) -> bytes:
+        if key in self.kept and self.kept[key][0] == version:
+            self.kept.move_to_end(key)
+            return self.kept[key][1]
+        data = make()
+        self.held += len(data) - len(self.kept.pop(key, (None, b""))[1])
+        self.kept[key] = version, data
+        while self.held > self.most and self.kept:
+            self.held -= len(self.kept.popitem(last=False)[1][1])
+        return data
+
+
+class Shown:
+    """A scene that clients see. `put` and `chunk` are for the one worker of a server, the rest may be read from any thread."""
+
+    def __init__(self, name: str, header: SceneHeader, views: tuple[View, ...] = (), sh_degree: int = 0, channels: int = 0, live: bool = False,
+                 background: tuple[float, float, float] = (0.0, 0.0, 0.0)):
+        known = {f.name: getattr(RasterSettings(**header.settings), f.name) for f in dataclasses.fields(RasterSettings) if f.name != "deterministic"}
+        self.name, self.settings, self.views, self.sh_degree, self.channels, self.live, self.background = name, RasterSettings(**header.settings), views, sh_degree, channels, live, background
+        self.header = {**{key: min(value, 1e30) for key, value in known.items()}, "up": list(header.up or UP)}
+        self.state: State | None = None
+        self.losses: dict[int, float] = {}                  # by view
+        self.metrics: dict[str, list] = {"steps": [], "loss": [], "psnr": [], "count": []}
+        self.pca: dict | None = None
+        self.done = False
+        self.wanted, self.sh_wanted = 0.0, 0.0              # until when (time.monotonic) someone looks; at the higher bands
+        self._cameras, self._cameras_at = "[]", -math.inf
+
+    @staticmethod
+    def of(scene: Scene, name: str, header: SceneHeader, views: tuple[View, ...] = (), background: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> Shown:
+        """A scene that stays as it is."""
+        scene = scene.detach().to("cpu", torch.float32)
+        shown = Shown(name, header, views, scene.sh_degree, 0 if scene.features is None else scene.features.shape[1], background=background)
+        shown.put(State(scene, step=header.step))
+        return shown
+
+    def put(self, state: State) -> None:
+        """A newer copy takes the place of the one before."""
+        if state.scene.features is not None and self.pca is None:
+            log_scales = state.scene.log_scales.clamp(-30, 30)
+            area = (log_scales.sum(1) - log_scales.amin(1)).exp()       # of the ellipse that the two longer axes span
+            self.pca = wire.pca(state.scene.features.numpy(), (area * torch.sigmoid(state.scene.logit_opacities)).numpy())
+        self.state = state.after(self.state)
+
+    @property
+    def present(self) -> State:
+        """The newest copy. Raises Gone before there is one."""
+        if self.state is None:
+            raise Gone(503, f"{self.name} has not begun; ask again")
+        return self.state
+
+    def chunk(self, cache: Cache, plane: str, chunk: int, version: int | None = None) -> tuple[int, bytes]:
+        """The version of a chunk and one of its planes, as it is now. Raises Gone."""
+        state = self.present
+        if chunk >= len(state.versions):
+            raise Gone(404, f"{self.name} has {len(state.versions)} chunks")
+        if plane == "features" and state.scene.features is None or plane == "heat" and not state.heat:
+            raise Gone(404, f"{self.name} has no {plane}")
+        if version not in (None, state.versions[chunk]):
+            raise Gone(409, f"version {version} of chunk {chunk} is gone; it is at {state.versions[chunk]}")
+        if plane in ("sh", "float32") and not state.complete:
+            raise Gone(503, "the run has not handed over its SH yet; ask again")
+        rows = state.rows(chunk)
+        if plane == "heat":     # changes with every step
+            return state.versions[chunk], wire.heat(torch.stack([x[rows] for x in state.heat.values()], dim=1).numpy())
+        encode = lambda: wire.ENCODERS[plane](state.scene.rows(rows))
+        return state.versions[chunk], encode() if plane == "float32" else cache.get((self, plane, chunk), state.versions[chunk], encode)
+
+    def manifest(self, key: str) -> str:
+        """JSON without its last brace, so that a message can have its type beside it."""
+        state, now = self.present, time.monotonic()
+        if now - self._cameras_at > 5:      # many cameras take milliseconds
+            losses = {i: finite(x) for i, x in self.losses.copy().items()}
+            self._cameras, self._cameras_at = json.dumps([
+                {"name": v.name, "width": v.width, "height": v.height, "world_to_cam": v.world_to_cam, "K": v.K, "photo": i if v.photo else None, "loss": losses.get(i)}
+                for i, v in enumerate(self.views)]), now
+        counts = [min(wire.CHUNK, len(state.scene) - k * wire.CHUNK) for k in range(len(state.versions))]
+        said = {"format": "splatkit-scene", "version": 1, "id": key, "name": self.name, "count": len(state.scene), "sh_degree": self.sh_degree, "chunk_size": wire.CHUNK,
+                "header": {**self.header, "step": state.step, "name": self.name}, "step": state.step, "live": self.live and not self.done, "revision": state.revision,
+                "background": self.background, "chunks": [{"count": n, "version": v} for n, v in zip(counts, state.versions)],
+                "features": {"channels": self.channels, "pca": self.pca} if self.channels else None, "heat": list(state.heat)}
+        return f'{json.dumps(said, allow_nan=False)[:-1]}, "cameras": {self._cameras}'
+
+    def record(self, record: dict) -> None:
+        """A line of metrics.jsonl. What is no such line, and steps that were skipped, say nothing."""
+        step, count, loss, psnr = (record.get(name) for name in ("step", "gaussians", "loss", "psnr_train"))
+        if type(step) is int and type(count) is int and all(type(x) in (int, float) for x in (loss, psnr)):
+            for name, value in (("loss", finite(loss)), ("psnr", [step, finite(psnr)]), ("count", count), ("steps", step)):     # steps last: their number is that of whole rows
+                self.metrics[name].append(value)
+
+    def metrics_from(self, first: int) -> dict[str, list]:
+        n = len(self.metrics["steps"])
+        return {name: values[first:n] for name, values in self.metrics.items()}
+
+
+class Live:
+    """The side of a run: takes copies of its scene between steps, never waits. The latest copy wins; without anybody who looks there is none.
+
+    `hand_over(install)` gives work to the server's worker. A copy is taken at most `rate` times a second, and so seldom that copies take SHARE of the time.
+    """
+
+    def __init__(self, shown: Shown, hand_over: Callable[[Callable[[], None]], None], rate: float = 2.0):
+        self.shown, self.hand_over, self.rate = shown, hand_over, rate
+        self.next, self.born, self.taken = 0.0, None, 0
+        self.losses: dict[int, Tensor] = {}
+        self._free: deque[dict[str, Tensor]] = deque()
+        self._held: dict[str, Tensor] | None = None         # the buffers of the state that is shown
+        self._on_the_way = threading.Event()
+
+    def follow(self, edit: Edit | None, n: int, step: int, device: torch.device | str) -> None:
+        """Keeps the step at which each row was made or moved."""
+        if self.born is None:
+            self.born = torch.full((n,), step, dtype=torch.int32, device=device)
+        elif edit is not None:
+            self.born = torch.where(edit.fresh, torch.full_like(self.born[:1], step), self.born[edit.source])
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        return now >= self.next and now < max(self.shown.wanted, self.shown.sh_wanted) and not self._on_the_way.is_set()
+
+    def take(self, scene: Scene, step: int, heat: dict[str, Tensor] | None = None, complete: bool = False) -> None:
+        """Copies the scene for the server, with the SH bands above 0 only while somebody looks at them or where it is to be `complete`."""
+        start = time.perf_counter()
+        complete = complete or scene.sh.shape[1] == 1 or time.monotonic() < self.shown.sh_wanted
+        scene = scene.detach()
+        fields = {**(scene if complete else scene.replace(sh=scene.sh[:, :1])).fields(), **{f"heat.{name}": x for name, x in (heat or {}).items()}}
+        self._on_the_way.set()
+        if scene.means.is_cuda:     # a copy on the card takes the run no time, and the way to the CPU is the worker's
+            copies, ready = {name: x.detach().clone() for name, x in fields.items()}, torch.cuda.Event()
+            ready.record()
+        else:
+            copies, ready = self._copied(fields), None
+        losses = self.losses.copy()
+        self.hand_over(lambda: self._install(copies, complete, step, losses, ready))
+        seconds = time.perf_counter() - start
+        self.taken += 1
+        self.next = time.monotonic() + max(1 / self.rate, seconds / SHARE)
+
+    def _copied(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In buffers that were used before: fresh memory costs as much as the copy."""
+        buffers = self._free.popleft() if self._free else {}
+        for name, x in fields.items():
+            if name not in buffers or len(buffers[name]) < len(x) or buffers[name].shape[1:] != x.shape[1:] or buffers[name].dtype != x.dtype:
+                buffers[name] = torch.empty((len(x) * 5 // 4, *x.shape[1:]), dtype=x.dtype)
+            buffers[name][:len(x)].copy_(x)
+        return {"": buffers, **{name: buffers[name][:len(x)] for name, x in fields.items()}}
+
+    def _install(self, copies: dict, complete: bool, step: int, losses: dict[int, Tensor], ready) -> None:
+        """In the worker."""
+        try:
+            buffers = copies.pop("", None)
+            if ready is not None:
+                ready.synchronize()
+                with torch.cuda.stream(torch.cuda.Stream()):
+                    copies = {name: x.cpu() for name, x in copies.items()}
+                    losses = dict(zip(losses, torch.stack(list(losses.values())).tolist())) if losses else {}
+            heat = {name.removeprefix("heat."): copies.pop(name).float() for name in list(copies) if name.startswith("heat.")}
+            self.shown.losses = {i: float(x) for i, x in losses.items()}
+            self.shown.put(State(Scene(**copies).to(dtype=torch.float32), complete, step, heat=heat))
+            if self._held is not None:      # nobody reads the state before any more: all readers are in this worker
+                self._free.append(self._held)
+            self._held = buffers
+        finally:
+            self._on_the_way.clear()
+
+
+def _bits_equal(a: Tensor, b: Tensor) -> bool:
+    """Also where both are the same NaN."""
+    return np.array_equal(a.numpy().view(np.int32), b.numpy().view(np.int32))

@@ -9,6 +9,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 HEADERS = sorted((REPO / "cuda/include/sk").glob("*.h"))
 CORE = [f"cuda/src/{name}" for name in ("cpu_project.cpp", "cpu_bin.cpp", "cpu_blend.cpp", "cpu_blend_vjp.cpp", "cpu_features.cpp")]
+INTRINSICS = {"immintrin.h": "!defined(__CUDACC__) && defined(__SSE4_1__)", "wasm_simd128.h": "defined(__wasm_simd128__)"}     # of the compilers: header, its condition
 BARE = ["-std=c++17", "-O2", "-fno-exceptions", "-fno-rtti", "-Icuda/include"]
 
 
@@ -83,5 +84,5 @@ def test_arithmetic_and_core_include_no_library(page):
         elif re.match(r"#\s*endif", line):
             conditions.pop()
         elif header := re.match(r"#\s*include\s*<(.+)>", line):
-            behind_a_guard = any("!defined(__CUDACC__) && defined(__SSE4_1__)" in c for c in conditions)
-            assert header[1] in allowed or header[1] == "immintrin.h" and behind_a_guard, f"{page.name}: {line}"
+            guarded = header[1] in INTRINSICS and any(INTRINSICS[header[1]] in c for c in conditions)
+            assert header[1] in allowed or guarded, f"{page.name}: {line}"

@@ -14,10 +14,18 @@ interface Case {
   channels: number; // and features of so many
   pixels: [number, number][]; // whose weights are asked for
   repeat: number; // draw so often and report the seconds of each
+  trap: boolean; // first have the module read where it has no memory
 }
 
 const [wasm, job, input, output] = process.argv.slice(2) as [string, string, string, string];
 const bytes = readFileSync(input), numbers = new Float32Array(bytes.buffer, bytes.byteOffset, bytes.length / 4);
+const said = (call: () => unknown): string | null => {
+  try {
+    return call(), null;
+  } catch (why) {
+    return String(why);
+  }
+};
 let at = 0;
 const take = (count: number) => numbers.subarray(at, (at += count));
 const raster = await WasmRaster.load(readFileSync(wasm)), out: Float32Array[] = [], report: unknown[] = [];
@@ -28,6 +36,13 @@ for (const c of JSON.parse(readFileSync(job, "utf8")) as Case[]) {
   const k = c.camera;
   try {
     raster.setScene(scene);
+    if (c.trap) {
+      (raster as unknown as { exports: { set_attribute(at: number): void } }).exports.set_attribute(0xfffffff0);
+      const tries = [0, 1].map(() => said(() => raster.render(k.world_to_cam, k.K, k.width, k.height, c.background)));
+      raster.setScene(scene);
+      report.push({ tries });
+      continue;
+    }
     if (c.attribute) raster.setAttribute(take(3 * c.n));
     const picture = raster.render(k.world_to_cam, k.K, k.width, k.height, c.background);
     out.push(picture.color, picture.alpha, picture.expectedDepth, picture.medianDepth);

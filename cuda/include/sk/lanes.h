@@ -3,7 +3,8 @@
 #include "scalar.h"
 #if !defined(__CUDACC__) && defined(__SSE4_1__)
 #include <immintrin.h>
-#elif defined(__wasm_simd128__)
+#endif
+#if defined(__wasm_simd128__)
 #include <wasm_simd128.h>
 #endif
 #if !defined(__CUDACC__)

@@ -195,6 +195,19 @@ def test_an_attribute_is_drawn_in_place_of_colour(draw):
     assert psnr(found["color"], features) >= 100 and psnr(plain["color"], native(scene, cameras).color[0]) >= 100
 
 
+def test_rows_that_come_later_are_drawn_as_if_they_had_come_with_the_scene(draw):
+    scene, cameras = random_scene(200, 8, degree=2, dtype=F32), ring(1, 60, 45)
+    found = draw([case(scene, cameras) | {"rows": rows} for rows in ([0, 200], [37, 150], [199, 200])])
+    for f in found:
+        assert_picture(f, scene, cameras)
+
+
+def test_large_and_small_scenes_take_turns_in_one_instance(draw):
+    scenes, cameras = [random_scene(n, 9, degree=3, dtype=F32) for n in (100, 40_000, 0, 7, 40_000, 300)], ring(1, 60, 45)
+    for found, scene in zip(draw([case(scene, cameras) for scene in scenes]), scenes):
+        assert_picture(found, scene, cameras, least=90.0)
+
+
 def test_the_weights_of_a_pixel_make_its_colour_front_to_back(draw):
     scene, cameras = random_scene(400, 7, degree=0, dtype=F32), ring(1, 40, 33, dtype=F32)
     pixels = [(0, 0), (39, 32), (20, 16), (15, 16), (16, 15), (31, 7)]

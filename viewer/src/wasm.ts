@@ -27,12 +27,19 @@ interface Exports {
   weights_at(x: number, y: number, rows: number, weights: number): number;
 }
 
+const PARTS = ["means", "quats", "logScales", "logitOpacities", "sh"] as const;
+type Part = (typeof PARTS)[number];
+const partsOf = (scene: SplatScene): Float32Array[] => PARTS.map((name) => scene[name]);
+const MEMORY_KEPT = 64 * 2 ** 20; // bytes that an instance may hold beyond four times its scene
 const SIDE_MAX = 32768; // pixels; tiles are packed in 12 bits
 const SETTINGS = 8; // doubles before the camera in `parameters`
 
 export class WasmRaster {
   private exports: Exports | null = null;
   private count = 0;
+  private widths: number[] = []; // numbers a Gaussian of each part
+  private parts: number[] = []; // where they stand
+  private base = 0; // mark() before the scene
   private attributeAt = 0; // room for 3 numbers a Gaussian, 0 until one is set
   private sceneEnd = 0; // mark() behind the scene
   private frameEnd = 0; // mark() behind what prepare() made
@@ -51,28 +58,41 @@ export class WasmRaster {
 
   /** Copies the scene in; what was drawn before is forgotten, and a raster that had stopped works again. */
   setScene(scene: SplatScene): void {
-    const n = scene.count, bands = (scene.shDegree + 1) ** 2;
-    const parts: [string, Float32Array, number][] = [["means", scene.means, 3], ["quats", scene.quats, 4], ["logScales", scene.logScales, 3],
-      ["logitOpacities", scene.logitOpacities, 1], ["sh", scene.sh, 3 * bands]];
+    const n = scene.count, parts = partsOf(scene);
     if (!Number.isInteger(n) || n < 0 || ![0, 1, 2, 3].includes(scene.shDegree)) throw new Error(`a scene of ${n} Gaussians and SH degree ${scene.shDegree}; expected a count and a degree of 0 to 3`);
-    for (const [name, array, columns] of parts)
-      if (array.length !== n * columns) throw new Error(`scene.${name} holds ${array.length} numbers; expected ${columns} for each of ${n} Gaussians`);
-    // A fresh instance: WebAssembly memory never shrinks, and a smaller scene shall not keep the pages of a larger one.
-    this.exports = null;
+    this.widths = [3, 4, 3, 1, 3 * (scene.shDegree + 1) ** 2];
+    parts.forEach((array, k) => {
+      if (array.length !== n * this.widths[k]!) throw new Error(`scene.${PARTS[k]} holds ${array.length} numbers; expected ${this.widths[k]} for each of ${n} Gaussians`);
+    });
+    // Memory never shrinks: a scene much smaller than the one before gets an instance of its own, and the pages of the other go.
+    const bytes = parts.reduce((sum, array) => sum + array.byteLength, 0);
+    if (!this.exports || this.exports.memory.buffer.byteLength > 4 * bytes + MEMORY_KEPT) this.exports = new WebAssembly.Instance(this.module).exports as unknown as Exports;
     this.prepared = null;
-    const instance = new WebAssembly.Instance(this.module);
-    const e = (this.exports = instance.exports as unknown as Exports);
+    this.attributeAt = this.sceneEnd = 0;
     this.count = n;
-    this.attributeAt = 0;
     this.guarded((e) => {
-      e.mark();
-      const at = parts.map(([, array]) => this.put(array));
+      this.base ||= e.mark();
+      e.release(this.base);
+      const at = (this.parts = parts.map((array) => this.put(array)));
       e.set_scene(n, scene.shDegree, at[0]!, at[1]!, at[2]!, at[3]!, at[4]!);
       this.sceneEnd = e.mark();
+      const h = scene.header;
+      new Float64Array(e.memory.buffer, e.parameters_at(), SETTINGS).set([h.near, h.blur_px2, h.antialias ? 1 : 0, h.alpha_min, h.alpha_max, h.transmittance_min, h.fov_margin, 0]);
     });
-    const h = scene.header;
-    new Float64Array(e.memory.buffer, e.parameters_at(), SETTINGS).set(
-      [h.near, h.blur_px2, h.antialias ? 1 : 0, h.alpha_min, h.alpha_max, h.transmittance_min, h.fov_margin, 0]);
+  }
+
+  /** Other values for the rows from `first` on; arrays as in a scene, and those that are left out stay. */
+  setRows(first: number, rows: Partial<Pick<SplatScene, Part>>): void {
+    this.guarded((e) => {
+      this.prepared = null;
+      PARTS.forEach((name, k) => {
+        const array = rows[name], width = this.widths[k]!;
+        if (!array) return;
+        if (!(Number.isInteger(first) && first >= 0) || array.length % width || first + array.length / width > this.count)
+          throw new Error(`${array.length} numbers of ${name} from row ${first} on; expected ${width} a row, within ${this.count} rows`);
+        new Float32Array(e.memory.buffer, this.parts[k]! + 4 * width * first, array.length).set(array);
+      });
+    });
   }
 
   /** What is drawn as the three channels of `color` instead of the scene's colours: 3 numbers a Gaussian, of any sign; null is colour again. */
@@ -149,8 +169,10 @@ export class WasmRaster {
     try {
       return call(this.exports);
     } catch (why) {
-      if (why instanceof OutOfMemory) this.prepared = null;
-      else if (why instanceof WebAssembly.RuntimeError || why instanceof RangeError) {
+      if (why instanceof OutOfMemory) {
+        if (this.sceneEnd === 0) this.exports = null; // the scene itself does not fit
+        this.prepared = null;
+      } else if (why instanceof WebAssembly.RuntimeError || why instanceof RangeError) {
         this.exports = null;
         throw new Error(`the rasterizer stopped (${line(why)}); load the scene again`);
       }

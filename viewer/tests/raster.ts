@@ -14,7 +14,8 @@ interface Case {
   channels: number; // and features of so many
   pixels: [number, number][]; // whose weights are asked for
   repeat: number; // draw so often and report the seconds of each
-  trap: boolean; // first have the module read where it has no memory
+  rows?: [number, number]; // whose values come after the scene
+  trap?: boolean; // first have the module read where it has no memory
 }
 
 const [wasm, job, input, output] = process.argv.slice(2) as [string, string, string, string];
@@ -35,7 +36,14 @@ for (const c of JSON.parse(readFileSync(job, "utf8")) as Case[]) {
     sh: take(3 * c.n * (c.degree + 1) ** 2), header: c.header };
   const k = c.camera;
   try {
-    raster.setScene(scene);
+    if (c.rows) {
+      const [first, last] = c.rows, rowsOf = (array: Float32Array, a: number, b: number) => array.subarray((array.length / c.n) * a, (array.length / c.n) * b);
+      const parts = ["means", "quats", "logScales", "logitOpacities", "sh"] as const, before = { ...scene };
+      for (const name of parts) rowsOf((before[name] = scene[name].slice()), first, last).fill(0.3);
+      raster.setScene(before);
+      raster.render(k.world_to_cam, k.K, k.width, k.height, c.background);
+      raster.setRows(first, Object.fromEntries(parts.map((name) => [name, rowsOf(scene[name], first, last)])));
+    } else raster.setScene(scene);
     if (c.trap) {
       (raster as unknown as { exports: { set_attribute(at: number): void } }).exports.set_attribute(0xfffffff0);
       const tries = [0, 1].map(() => said(() => raster.render(k.world_to_cam, k.K, k.width, k.height, c.background)));

@@ -225,7 +225,7 @@ def view(
             note(f"any machine that reaches port {viewer.port} can connect, by plain HTTP; the address has the key: give it to nobody else")
         note("Ctrl-C ends it")
         while True:
-            time.sleep(3600)
+            time.sleep(0.5)     # a signal that another thread took does not end a sleep
     except KeyboardInterrupt:
         return 0
     finally:

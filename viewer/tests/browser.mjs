@@ -20,7 +20,8 @@ const commands = {
     return id;
   },
   async run({ page, code, argument }) {
-    return pages.get(page).page.evaluate(`(async (argument) => { ${code} })(${JSON.stringify(argument ?? null)})`);
+    const late = new Promise((_, failed) => setTimeout(failed, 30_000, new Error("the page took over 30 s")));
+    return Promise.race([pages.get(page).page.evaluate(`(async (argument) => { ${code} })(${JSON.stringify(argument ?? null)})`), late]);
   },
   async wait({ page, code, seconds = 20 }) {
     await pages.get(page).page.waitForFunction(new Function(`return (${code})`), null, { timeout: 1000 * seconds, polling: 50 });

@@ -11,7 +11,7 @@ precision highp int;
 precision highp sampler2DArray;
 uniform sampler2DArray base;      // 0: mean, logit; 1: quaternion w x y z; 2: log scales; 3: SH band 0
 uniform sampler2DArray bands;     // SH above band 0, four numbers a layer
-uniform sampler2D attribute;      // what is blended in place of colour
+uniform sampler2D instead;        // what is blended in place of colour
 uniform vec3 row0, row1, row2, centre;   // world_to_cam without translation, the camera's place
 uniform vec4 lens;                // fx, fy, and the principal point from the picture's centre
 uniform vec4 limits;              // of x/z (low, high) and y/z where the Jacobian is taken
@@ -76,7 +76,7 @@ void main() {
   place = vec4(t.xy * iz * lens.xy + lens.zw, a2, -HALF_LOG2E * b * inv / a2);
   shape = vec4(c2, logo, sqrt(room), t.z);
   if (kind == 0) blended.rgb = colour(at, normalize(d));
-  else if (kind == 1) blended.rgb = texelFetch(attribute, at, 0).rgb;
+  else if (kind == 1) blended.rgb = texelFetch(instead, at, 0).rgb;
   else {
     vec3 axis = s.x <= s.y && s.x <= s.z ? axis0 : s.y <= s.z ? axis1 : axis2;   // the thinnest
     blended.rgb = dot(axis, d) > 0.0 ? -axis : axis;

@@ -111,7 +111,7 @@ export class SplatPass {
     const p = this.projector.use();
     p.texture("base", 0, gl.TEXTURE_2D_ARRAY, this.base!);
     p.texture("bands", 1, gl.TEXTURE_2D_ARRAY, this.bands!);
-    p.texture("attribute", 2, gl.TEXTURE_2D, this.attribute);
+    p.texture("instead", 2, gl.TEXTURE_2D, this.attribute);
     [0, 1, 2].forEach((i) => gl.uniform3f(p.at(`row${i}`), w[4 * i]!, w[4 * i + 1]!, w[4 * i + 2]!));
     gl.uniform3f(p.at("centre"), ...centreOf(w));
     gl.uniform4f(p.at("lens"), K[0]!, K[4]!, K[2]! - width / 2, K[5]! - height / 2);

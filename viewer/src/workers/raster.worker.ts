@@ -50,7 +50,8 @@ async function answer(m: RasterRequest): Promise<void> {
   } else if (m.type === "rows") {
     const s = scene!, fields = [s.means, s.quats, s.logScales, s.logitOpacities, s.sh], parts = [m.means, m.quats, m.logScales, m.logitOpacities, m.sh];
     fields.forEach((field, k) => field.set(parts[k]!, (m.first * field.length) / s.count));
-    stale = true;
+    if (!stale && !visible) raster!.setRows(m.first, m);
+    else stale = true;
   } else if (m.type === "visible") [visible, stale] = [m.visible, true];
   else if (m.type === "attribute") {
     given = m.values;

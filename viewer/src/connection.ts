@@ -15,10 +15,12 @@ export interface ConnectionEvents {
   manifest: { manifest: Manifest; scene: SplatScene; fresh: boolean };
   chunk: { first: number; last: number; plane: Plane };
   metrics: Metrics;
+  first: void; // every row of a scene is there
   error: string;
 }
 
 const RETRY_MS = [500, 1000, 2000, 4000, 8000];
+const QUEUED_MAX = 8 << 20; // bytes of a message of the socket
 const TOKEN_KEY = "splatkit-token";
 
 /** The token of the address, which is then taken out of it; kept for a reload of this tab. */
@@ -42,6 +44,8 @@ export class Connection extends Emitter<ConnectionEvents> {
   private planes: Plane[] = ["core", "sh"];
   private scene: SplatScene | null = null;
   manifest: Manifest | null = null;
+  private missing = new Set<number>(); // chunks of core that have not come yet
+  private acknowledging = 0;
   private metrics: Metrics = { steps: [], loss: [], psnr: [], count: [] };
 
   constructor(private readonly token: string, private sceneId = "0") {
@@ -86,6 +90,12 @@ export class Connection extends Emitter<ConnectionEvents> {
     if (this.planes.includes(plane)) return;
     this.planes = [...this.planes, plane];
     if (this.socket?.readyState === WebSocket.OPEN) this.sendWatch();
+    void this.largeFeatures(this.manifest).catch((why: unknown) => this.emit("error", String(why)));
+  }
+  /** Hears nothing more. */
+  leave(): void {
+    this.closed = true;
+    this.socket?.close();
   }
   private sendWatch(): void {
     this.send({ type: "watch", scene: this.sceneId, planes: this.planes });
@@ -130,22 +140,47 @@ export class Connection extends Emitter<ConnectionEvents> {
 
   private takeManifest(manifest: Manifest): void {
     if (manifest.id !== this.sceneId) return;
-    const before = this.manifest, fresh = !this.scene || !before || before.count !== manifest.count || before.sh_degree !== manifest.sh_degree;
+    const before = this.manifest;
+    if (!this.scene || before?.id !== manifest.id) this.missing = new Set(manifest.chunks.keys());
+    const fresh = !this.scene || !before || before.count !== manifest.count || before.sh_degree !== manifest.sh_degree;
     if (fresh) this.scene = grown(this.scene, manifest);
     this.scene!.header = manifest.header;
     this.manifest = manifest;
     this.emit("manifest", { manifest, scene: this.scene!, fresh });
+    if (this.planes.includes("features")) void this.largeFeatures(before);
   }
 
   private binary(data: ArrayBuffer): void {
     const m = readMessage(data), manifest = this.manifest, rows = manifest?.chunks[m.chunk]?.count;
     try {
-      if (!manifest || rows === undefined || m.revision < manifest.revision) return;
+      if (!manifest || rows === undefined) return;
       const first = m.chunk * manifest.chunk_size;
       writeChunk(this.scene!, m.plane, first, rows, m.data);
       this.emit("chunk", { first, last: first + rows, plane: m.plane });
+      if (m.plane === "core" && this.missing.delete(m.chunk) && !this.missing.size) this.emit("first", undefined);
     } finally {
-      this.send({ type: "ack", frame: m.frame });
+      this.acknowledge(m.frame);
+    }
+  }
+
+  /** Once what came with it is on the screen. */
+  private acknowledge(frame: number): void {
+    if (!this.acknowledging) requestAnimationFrame(() => {
+      this.send({ type: "ack", frame: this.acknowledging });
+      this.acknowledging = 0;
+    });
+    this.acknowledging = frame;
+  }
+
+  /** Chunks of features that are too large for the socket come by request. */
+  private async largeFeatures(before: Manifest | null): Promise<void> {
+    const { manifest: m, scene } = this, channels = m?.features?.channels ?? 0;
+    for (const [k, chunk] of (m?.chunks ?? []).entries()) {
+      if (12 + (8 + chunk.count) * channels <= QUEUED_MAX || (before !== m && before?.chunks[k]?.version === chunk.version && scene!.features)) continue;
+      const bytes = new Uint8Array(await (await this.get(`/api/scene/${encodeURIComponent(m!.id)}/chunk/${k}/features`)).arrayBuffer());
+      if (this.scene !== scene) return;
+      writeChunk(scene!, "features", k * m!.chunk_size, chunk.count, bytes);
+      this.emit("chunk", { first: k * m!.chunk_size, last: k * m!.chunk_size + chunk.count, plane: "features" });
     }
   }
 

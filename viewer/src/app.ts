@@ -80,7 +80,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
     const losses = cameras.map((c) => c.loss).filter((l): l is number => l !== null), low = quantile(losses, 0.05), high = quantile(losses, 0.95);
     // From blue, drawn well, to red, drawn badly.
     const colour = (c: CaptureCamera) => (c.loss === null ? "#8b96a8" : `hsl(${215 - 215 * Math.min(Math.max((c.loss - low) / (high - low || 1), 0), 1)}, 75%, 62%)`);
-    this.overlay.setCameras(cameras, 0.07 * this.size, colour);
+    this.overlay.setCameras(cameras, 0.05 * this.size, colour);
     this.stage.invalidate();
   }
 
@@ -209,7 +209,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
     return [Math.floor((x / (this.canvas.clientWidth || 1)) * width), Math.floor((y / (this.canvas.clientHeight || 1)) * height)];
   }
   clicked(x: number, y: number): void {
-    const [px, py] = this.toCanvas(x, y), index = this.showFrusta ? this.overlay.cameraAt(this.view(), px, py) : null;
+    const [px, py] = this.toCanvas(x, y), index = this.showFrusta && this.captureIndex === null ? this.overlay.cameraAt(this.view(), px, py) : null;
     if (index !== null && this.stage.look !== "similarity") this.jump(index);
     else this.emit("pick", { x: px, y: py });
   }
@@ -230,7 +230,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
   }
 
   private over(view: View): void {
-    this.overlay.show("frusta", this.showFrusta);
+    this.overlay.show("frusta", this.showFrusta && this.captureIndex === null);
     if (!this.fixedView) this.overlay.draw(view);
   }
 }

@@ -20,7 +20,7 @@ const commands = {
     return id;
   },
   async run({ page, code, argument }) {
-    const late = new Promise((_, failed) => setTimeout(failed, 30_000, new Error("the page took over 30 s")));
+    const late = new Promise((_, failed) => setTimeout(failed, 30_000, new Error("the page took over 30 s")).unref());
     return Promise.race([pages.get(page).page.evaluate(`(async (argument) => { ${code} })(${JSON.stringify(argument ?? null)})`), late]);
   },
   async wait({ page, code, seconds = 20 }) {

@@ -30,6 +30,7 @@ export class Compare {
       else if (this.mode) this.setMode(this.mode);
     });
     app.on("scene", () => ((this.loaded = null), this.setMode(null)));
+    app.on("look", (look) => look !== "colour" && this.setMode(null));
     new ResizeObserver(() => this.place()).observe(app.canvas);
     this.handle.onpointerdown = (e) => {
       this.handle.setPointerCapture(e.pointerId);

@@ -74,21 +74,33 @@ class Client:
             if self.frame > self.acknowledged:
                 continue
             if self.revision != shown.state.revision:
-                self.revision = shown.state.revision
-                await self.socket.send_str(f'{{"type": "manifest", {shown.manifest(self.key)[1:]}}}')
+                await self._send_manifest(shown)
             if lacking := self._lacking():
                 self.frame += 1
                 for plane, chunk in lacking:
                     with contextlib.suppress(Gone):     # the scene has become smaller meanwhile, or has no SH yet
-                        version, data = await self.encode(shown, plane, chunk)
-                        if self.shown is not shown:
-                            break
-                        self.have[plane, chunk] = version
-                        await self.socket.send_bytes(wire.message(plane, chunk, version, self.frame, shown.state.revision, data))
+                        await self._send_chunk(shown, plane, chunk)
                 self.poked.set()
             elif shown.done and not self.done_sent:
                 self.done_sent = True
+                await self._send_manifest(shown)        # it is live no more, and has the last losses
                 await self.socket.send_str('{"type": "done"}')
+
+    async def _send_manifest(self, shown: Shown) -> None:
+        self.revision = shown.state.revision
+        await self.socket.send_str(f'{{"type": "manifest", {shown.manifest(self.key)[1:]}}}')
+
+    async def _send_chunk(self, shown: Shown, plane: str, chunk: int) -> None:
+        """A chunk that belongs to the manifest before it, whatever the run does meanwhile."""
+        version = None
+        while version is None or shown.state.versions[chunk:chunk + 1] != (version,):
+            version, data = await self.encode(shown, plane, chunk)
+        if self.shown is not shown:
+            return      # another scene is watched by now
+        if self.revision != shown.state.revision:
+            await self._send_manifest(shown)
+        self.have[plane, chunk] = version
+        await self.socket.send_bytes(wire.message(plane, chunk, version, self.frame, self.revision, data))
 
     def _lacking(self) -> list[tuple[str, int]]:
         """What has changed of what it watches: of core the whole first. A chunk that does not fit into the queue is for a request."""
@@ -121,11 +133,14 @@ async def attend(request: web.BaseRequest, door: gate.Gate, scenes: dict[str, Sh
             return socket
         clients.add(client)
         sender = asyncio.create_task(_quietly(client.send()))
+        paid = time.monotonic()     # until when its messages have used up their time
         while (message := _read(await socket.receive())) is not None:
             if isinstance(message, Hello):
                 raise BadMessage("hello comes once")
             client.take(message)
-            await asyncio.sleep(1 / gate.MESSAGES_PER_SECOND)
+            now = time.monotonic()
+            paid = max(paid, now - gate.BURST / gate.MESSAGES_PER_SECOND) + 1 / gate.MESSAGES_PER_SECOND
+            await asyncio.sleep(max(0, paid - now))
     except BadMessage as why:
         await _end(socket, POLICY, str(why))
     except ConnectionError:

@@ -32,11 +32,11 @@ def read() -> str:
 def policy(text: str, connect: str) -> str:
     """The Content-Security-Policy of a page: its own scripts by their hashes, WebAssembly, workers and pictures that it makes itself, nothing else.
 
-    `connect` is where it may fetch from. The data: there is for what the page carries inside itself.
+    `connect` is where it may fetch from.
     """
     scripts = [body.replace("\r\n", "\n").replace("\r", "\n") for attributes, body in SCRIPT.findall(text) if "application/splatkit" not in attributes]
     hashes = " ".join(dict.fromkeys(f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'" for body in scripts))
-    return (f"default-src 'none'; script-src {hashes} 'wasm-unsafe-eval' blob:; style-src 'unsafe-inline'; img-src 'self' blob: data:; media-src blob:; "
+    return (f"default-src 'none'; script-src {hashes} 'wasm-unsafe-eval'; style-src 'unsafe-inline'; img-src 'self' blob: data:; media-src blob:; "
             f"font-src data:; worker-src blob: data:; connect-src {connect}; base-uri 'none'; form-action 'none'")
 
 

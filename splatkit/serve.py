@@ -54,7 +54,7 @@ class Viewer:
         self.clients: set[clients.Client] = set()
         self.worker = ThreadPoolExecutor(1, "splatkit-encode", initializer=_step_back)
         self.cache = Cache()
-        self.loop = asyncio.new_event_loop()
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.thread = threading.Thread(target=self._run, name="splatkit-view", daemon=True)
         self._sockets: list[socket.socket] = []
         self._up = threading.Event()
@@ -72,7 +72,8 @@ class Viewer:
         self.port = self._sockets[0].getsockname()[1]
         self.gate.open_on(self.port)
         own = " ".join(f"ws://{host}" for host in sorted(self.gate.hosts) if not host.startswith("["))      # 'self' is not yet a socket's everywhere; [::1] is no source there
-        self._policy = page.policy(self._text, f"'self' {own} data:") + "; frame-ancestors 'none'"
+        self._policy = page.policy(self._text, f"'self' {own}") + "; frame-ancestors 'none'"
+        self.loop = asyncio.new_event_loop()
         self.thread.start()
         self._up.wait()
         return self
@@ -84,7 +85,7 @@ class Viewer:
 
     def poke(self) -> None:
         """Has every client look for what is new. From any thread."""
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, AttributeError):     # not begun, or closed
             self.loop.call_soon_threadsafe(lambda: [client.poked.set() for client in self.clients])
 
     def close(self, seconds: float = 5.0) -> None:
@@ -122,9 +123,9 @@ class Viewer:
     async def _close(self, seconds: float) -> None:
         for listener in self._listeners:
             listener.close()
-        self.poke()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
+                await self._in_worker(self.poke)        # behind the last copy of a run
                 while not all(client.idle and (client.done_sent or not (client.shown and client.shown.done)) for client in self.clients):
                     await asyncio.sleep(0.02)
         for client in list(self.clients):

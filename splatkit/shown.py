@@ -164,7 +164,7 @@ class Shown:
     def manifest(self, key: str) -> str:
         """JSON without its last brace, so that a message can have its type beside it."""
         state, now = self.present, time.monotonic()
-        if now - self._cameras_at > 5:      # many cameras take milliseconds
+        if now - self._cameras_at > 5 or self.done:     # many cameras take milliseconds
             losses = {i: finite(x) for i, x in self.losses.copy().items()}
             self._cameras, self._cameras_at = json.dumps([
                 {"name": v.name, "width": v.width, "height": v.height, "world_to_cam": v.world_to_cam, "K": v.K, "photo": i if v.photo else None, "loss": losses.get(i)}
@@ -221,29 +221,28 @@ class Live:
         fields = {**(scene if complete else scene.replace(sh=scene.sh[:, :1])).fields(), **{f"heat.{name}": x for name, x in (heat or {}).items()}}
         self._on_the_way.set()
         if scene.means.is_cuda:     # a copy on the card takes the run no time, and the way to the CPU is the worker's
-            copies, ready = {name: x.detach().clone() for name, x in fields.items()}, torch.cuda.Event()
+            buffers, copies, ready = None, {name: x.detach().clone() for name, x in fields.items()}, torch.cuda.Event()
             ready.record()
         else:
-            copies, ready = self._copied(fields), None
+            (buffers, copies), ready = self._copied(fields), None
         losses = self.losses.copy()
-        self.hand_over(lambda: self._install(copies, complete, step, losses, ready))
+        self.hand_over(lambda: self._install(copies, buffers, complete, step, losses, ready))
         seconds = time.perf_counter() - start
         self.taken += 1
         self.next = time.monotonic() + max(1 / self.rate, seconds / SHARE)
 
-    def _copied(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
-        """In buffers that were used before: fresh memory costs as much as the copy."""
+    def _copied(self, fields: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Buffers, used before where there are such, since fresh memory costs as much as the copy; and the copies that lie in them."""
         buffers = self._free.popleft() if self._free else {}
         for name, x in fields.items():
             if name not in buffers or len(buffers[name]) < len(x) or buffers[name].shape[1:] != x.shape[1:] or buffers[name].dtype != x.dtype:
                 buffers[name] = torch.empty((len(x) * 5 // 4, *x.shape[1:]), dtype=x.dtype)
             buffers[name][:len(x)].copy_(x)
-        return {"": buffers, **{name: buffers[name][:len(x)] for name, x in fields.items()}}
+        return buffers, {name: buffers[name][:len(x)] for name, x in fields.items()}
 
-    def _install(self, copies: dict, complete: bool, step: int, losses: dict[int, Tensor], ready) -> None:
+    def _install(self, copies: dict[str, Tensor], buffers: dict[str, Tensor] | None, complete: bool, step: int, losses: dict[int, Tensor], ready) -> None:
         """In the worker."""
         try:
-            buffers = copies.pop("", None)
             if ready is not None:
                 ready.synchronize()
                 with torch.cuda.stream(torch.cuda.Stream()):

@@ -18,7 +18,7 @@ struct Parameters {
 } parameters;
 
 struct Gaussians {
-  int32_t n, sh_degree, channels;
+  int32_t n, sh_degree;
   const float *means, *quats, *log_scales, *logit_opacities, *sh, *attribute;   // attribute [n,3] or null: drawn in place of colour
 } scene;
 
@@ -58,7 +58,7 @@ EXPORT uintptr_t mark() { return top ? top : top = (uintptr_t)&__heap_base; }
 EXPORT void release(uintptr_t mark) { top = mark; }
 
 EXPORT void set_scene(int32_t n, int32_t sh_degree, const float* means, const float* quats, const float* log_scales, const float* logit_opacities, const float* sh) {
-  scene = {n, sh_degree, 0, means, quats, log_scales, logit_opacities, sh, nullptr};
+  scene = {n, sh_degree, means, quats, log_scales, logit_opacities, sh, nullptr};
 }
 EXPORT void set_attribute(const float* attribute) { scene.attribute = attribute; }
 
@@ -112,12 +112,12 @@ EXPORT int32_t blend(float* color, float* alpha, float* expected_depth, float* m
   return 0;
 }
 
-// The blending weights of pixel (x, y) after prepare(), front to back, of the Gaussians that have one. Returns how many; `capacity` must hold
-// pairs_at(x, y) of them.
+// How many Gaussians reach the tile of pixel (x, y) after prepare(): no more have a weight there.
 EXPORT int32_t pairs_at(int32_t x, int32_t y) {
   const int32_t tile = y / SK_TILE * tiles_of(view.width) + x / SK_TILE;
   return (int32_t)(view.tile_offsets[tile + 1] - view.tile_offsets[tile]);
 }
+// The blending weights of pixel (x, y) after prepare(), front to back: rows and weights [pairs_at(x, y)] of those that have one. Returns how many.
 EXPORT int32_t weights_at(int32_t x, int32_t y, int32_t* rows, float* weights) {
   const BlendArgs a = blend_args(view.width, view.height, 0, parameters.settings, view.splats, nullptr);
   const int32_t tile = y / SK_TILE * a.tiles_x + x / SK_TILE, n = pairs_at(x, y);

@@ -92,6 +92,9 @@ export function readPly(ply: Ply): Loaded {
   ];
   if (ply.ascii) readAscii(ply, vertex, targets);
   else readBinary(ply, vertex, targets);
+  features?.forEach((value, i) => {
+    if (!Number.isFinite(value)) scene.means[3 * Math.floor(i / channels)] = NaN; // so that the row is left out: 8 bits have no NaN
+  });
   if (features) scene.features = quantised(features, n, channels);
   return finished(file, scene);
 }

@@ -206,7 +206,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
 
   private toCanvas(x: number, y: number): [number, number] {
     const [width, height] = this.canvasSize();
-    return [Math.floor((x / (this.canvas.clientWidth || 1)) * width), Math.floor((y / (this.canvas.clientHeight || 1)) * height)];
+    return [Math.floor((x * width) / (this.canvas.clientWidth || 1)), Math.floor((y * height) / (this.canvas.clientHeight || 1))];
   }
   clicked(x: number, y: number): void {
     const [px, py] = this.toCanvas(x, y), index = this.showFrusta && this.captureIndex === null ? this.overlay.cameraAt(this.view(), px, py) : null;

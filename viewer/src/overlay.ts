@@ -78,15 +78,15 @@ export class Overlay {
     this.lay("frusta", points, null, colours);
   }
 
-  /** The capture camera whose frustum is at canvas pixel (x, y), the nearest first; null where there is none. */
+  /** The capture camera whose frustum is at canvas pixel (x, y): one whose apex is there before others, and nearer ones before farther; null where there is none. */
   cameraAt(view: View, x: number, y: number): number | null {
-    let best: number | null = null, nearest = Infinity;
+    let best: number | null = null, least = Infinity;
     this.cameras.forEach((c, i) => {
       const points = [...cornersOf(c, this.frustumSize), new Vector3(...centreOf(c.world_to_cam))].map((p) => project(view, p));
-      if (points.some((p) => p.z <= 0) || points[4]!.z >= nearest) return;
+      if (points.some((p) => p.z <= 0)) return;
       const quad = points.slice(0, 4), inside = quad.map((p, k) => (quad[(k + 1) % 4]!.x - p.x) * (y - p.y) - (quad[(k + 1) % 4]!.y - p.y) * (x - p.x));
-      const close = points.some((p) => Math.hypot(p.x - x, p.y - y) < 9);
-      if (close || inside.every((s) => s > 0) || inside.every((s) => s < 0)) [best, nearest] = [i, points[4]!.z];
+      const near = (p: { x: number; y: number }) => Math.hypot(p.x - x, p.y - y) < 9, rank = points[4]!.z * (near(points[4]!) ? 1e-6 : 1);
+      if (rank < least && (points.some(near) || inside.every((s) => s > 0) || inside.every((s) => s < 0))) [best, least] = [i, rank];
     });
     return best;
   }

@@ -27,6 +27,7 @@ export class Stage {
   private scene: SplatScene | null = null;
   private choice: BackendChoice = "auto";
   private slow = false;
+  private broken = false; // the WebAssembly rasterizer stopped over this scene
   private attributeValues: Float32Array | null = null;
   private attributeStamp = 0;
   private rowsStamp = 0;
@@ -76,11 +77,12 @@ export class Stage {
   }
 
   get backend(): "webgl" | "wasm" {
+    if (this.broken) return "webgl";
     return this.choice === "auto" ? (this.software || this.slow ? "wasm" : "webgl") : this.choice;
   }
   setBackend(choice: BackendChoice): void {
     this.choice = choice;
-    this.slow = false;
+    this.slow = this.broken = false;
     this.invalidate();
   }
 
@@ -91,6 +93,7 @@ export class Stage {
     this.raster.setScene(scene);
     this.engine?.setScene(scene);
     this.drawn = null;
+    this.broken = false;
     this.timed = 0;
     this.changedRows();
   }
@@ -198,8 +201,8 @@ export class Stage {
       this.scale = Math.min(1, Math.max(0.3, scale * Math.sqrt(MOVING_MS / Math.max(p.ms, 1))));
       if (this.scale > 0.85) this.scale = 1;
     } catch (why) {
-      this.failed(`${why instanceof Error ? why.message : String(why)}`);
-      this.choice = "webgl";
+      this.failed(`${why instanceof Error ? why.message : String(why)}. Drawing by the GPU instead.`);
+      this.broken = true;
     }
     this.rendering = false;
     this.invalidate();

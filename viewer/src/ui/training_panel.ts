@@ -41,6 +41,7 @@ function curve(name: string): { element: HTMLElement; draw: (x: number[], y: num
   plot.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
   plot.setAttribute("preserveAspectRatio", "none");
   plot.setAttribute("role", "img");
+  plot.setAttribute("aria-label", name);
   plot.append(line);
   let points: [number, number][] = [], place: (i: number) => [number, number] = () => [0, 0];
   const last = () => (value.textContent = points.length ? show(points.at(-1)![1]) : "");

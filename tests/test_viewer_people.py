@@ -134,6 +134,8 @@ def test_crop_undo_and_export(tab, scene, tmp_path):
     tab.click(selector="#export")
     tab.download(path=str(tmp_path / "out.ply"))
     left, _ = io.load(tmp_path / "out.ply")
+    rows = (scene.means[:, None] - left.means[None, :5]).abs().sum(2).amin(0)
+    assert float(rows.max()) == 0      # unrounded
     assert abs(len(left) - kept) < 0.03 * len(scene) and float(left.means[:, 0].min()) >= low - 1e-3      # outliers of the other axes lie outside too
     assert left.features.shape[1] == 6
     tab.click(selector="#undo")

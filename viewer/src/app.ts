@@ -20,7 +20,6 @@ export interface AppEvents {
   message: { text: string; kind: "error" | "info"; key: string };
   hover: { x: number; y: number } | null;
   pick: { x: number; y: number };
-  theme: void;
 }
 export type Grab = (x: number, y: number) => ((x: number, y: number, done: boolean) => void) | null;
 
@@ -45,6 +44,8 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
   fixedView: View | null = null; // in place of the camera
   showFrusta = true;
   grabber: Grab | null = null;
+  private ownBackground: Rgb = [0, 0, 0];
+  private chosenBackground: Rgb | null = null;
   private query: Float32Array | null = null; // features that similarity is measured to
 
   constructor(readonly canvas: HTMLCanvasElement) {
@@ -64,6 +65,8 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
     this.scene = scene;
     this.pca = manifest?.features?.pca ?? null;
     if (!keepCamera) this.query = null;
+    this.ownBackground = manifest?.background ?? [0, 0, 0];
+    if (!keepCamera) this.stage.background = this.chosenBackground ?? this.ownBackground;
     this.edits.reset(scene.count);
     this.stage.setScene(scene);
     this.setCameras(manifest?.cameras ?? []);
@@ -190,8 +193,10 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
       this.say(`similarity: ${why instanceof Error ? why.message : String(why)}`);
     }
   }
-  setBackground(color: Rgb): void {
-    this.stage.background = color;
+  /** null: what the scene was trained over. */
+  setBackground(color: Rgb | null): void {
+    this.chosenBackground = color;
+    this.stage.background = color ?? this.ownBackground;
     this.stage.invalidate();
   }
 

@@ -76,6 +76,17 @@ export class Connection extends Emitter<ConnectionEvents> {
     return out;
   }
 
+  /** The scene unrounded, as the server has it now. */
+  async exact(): Promise<SplatScene> {
+    const m = readManifest(await (await this.get(`/api/scene/${encodeURIComponent(this.sceneId)}`)).json()), scene = blankScene(m.count, m.sh_degree, m.header);
+    for (const [k, chunk] of m.chunks.entries()) {
+      const reply = await this.get(`/api/scene/${encodeURIComponent(m.id)}/chunk/${k}/float32?version=${chunk.version}`);
+      writeChunk(scene, "float32", k * m.chunk_size, chunk.count, new Uint8Array(await reply.arrayBuffer()));
+    }
+    if (this.scene?.features && this.scene.count === m.count) scene.features = this.scene.features;
+    return scene;
+  }
+
   /** Watches a scene; what was watched before is left. */
   watch(sceneId: string): void {
     this.sceneId = sceneId;

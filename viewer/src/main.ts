@@ -24,7 +24,7 @@ try {
 function start(): void {
   const app = new App(canvas);
   let line: Connection | null = null, manifest: Manifest | null = null;
-  if (matchMedia("(prefers-color-scheme: light)").matches) setTheme("light", app);
+  setTheme(matchMedia("(prefers-color-scheme: light)").matches ? "light" : "dark", app);
   if (innerWidth <= 700) document.body.classList.add("closed");
   messages(app);
 
@@ -37,7 +37,7 @@ function start(): void {
   const compare = new Compare(app, (i) => (line ? line.photo(i) : Promise.reject(new Error("there is no server to fetch it from"))));
   const cameras = camerasPanel(app, compare) as HTMLElement & { refresh(): void }, curves = curvesPanel(), path = pathPanel(app);
   const aside = h("aside", { className: "floating panel", "aria-label": "Settings" }, topBar(app, () => savePicture(app)), h("div", { className: "scroll" },
-    viewsPanel(app, () => (line ? (manifest?.heat ?? []) : []), () => line?.want("features"), () => !!manifest?.features && !!line), cameras, curves.element, drawingPanel(app), measurePanel(app), editPanel(app), path.element));
+    viewsPanel(app, () => (line ? (manifest?.heat ?? []) : []), () => line?.want("features"), () => !!manifest?.features && !!line), cameras, curves.element, drawingPanel(app), measurePanel(app), editPanel(app, () => (line ? line.exact() : Promise.resolve(app.scene!))), path.element));
   document.body.append(title, aside);
   statusLine(app);
   welcome(app);

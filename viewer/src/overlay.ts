@@ -40,13 +40,19 @@ export class Overlay {
     renderer.resetState();
     renderer.setPixelRatio(1);
     renderer.setSize(view.width, view.height, false);
-    const { projection, worldToCamera } = threeMatrices(view, this.frustumSize * 1e-2, this.frustumSize * 1e5);
-    camera.projectionMatrix.copy(projection);
-    camera.projectionMatrixInverse.copy(projection).invert();
-    camera.matrixWorldInverse.copy(worldToCamera);
-    camera.matrixWorld.copy(worldToCamera).invert();
-    camera.matrix.copy(camera.matrixWorld);
-    renderer.render(this.scene, camera);
+    const visible = Object.entries(this.parts).filter(([, group]) => group.visible);
+    // Frusta that one stands in would only frame the picture: they are cut off nearer to the eye than other lines.
+    for (const [near, names] of [[1.5, ["frusta"]], [1e-3, ["box", "measure", "path"]]] as const) {
+      for (const [name, group] of visible) group.visible = (names as readonly string[]).includes(name);
+      const { projection, worldToCamera } = threeMatrices(view, this.frustumSize * near, this.frustumSize * 1e5);
+      camera.projectionMatrix.copy(projection);
+      camera.projectionMatrixInverse.copy(projection).invert();
+      camera.matrixWorldInverse.copy(worldToCamera);
+      camera.matrixWorld.copy(worldToCamera).invert();
+      camera.matrix.copy(camera.matrixWorld);
+      renderer.render(this.scene, camera);
+    }
+    for (const [, group] of visible) group.visible = true;
     renderer.resetState();
   }
 

@@ -42,6 +42,7 @@ export class Stage {
   look: Look = "colour";
   range: [number, number] = [0, 1];
   background: Rgb = [0, 0, 0];
+  empty: Rgb = [0, 0, 0]; // shown where there is no scene
   frames = 0;
   frameMs = 0;
 
@@ -162,9 +163,10 @@ export class Stage {
   }
 
   private frameByGl(view: View): boolean {
-    const engine = this.engine!, ready = !this.scene || engine.ready(view), start = performance.now();
+    if (!this.scene) return this.clear();
+    const engine = this.engine!, ready = engine.ready(view), start = performance.now();
     engine.draw(view, this.shot());
-    if (this.choice === "auto" && ready && this.scene && this.timed < 3) {
+    if (this.choice === "auto" && ready && this.timed < 3) {
       engine.canvasPixels(1, 1); // waits for the picture
       const ms = performance.now() - start;
       this.frameMs = ms;
@@ -174,15 +176,18 @@ export class Stage {
     return ready;
   }
 
+  private clear(): boolean {
+    const { gl } = this;
+    gl.bindFramebuffer(gl.FRAMEBUFFER, null);
+    gl.clearColor(...this.empty, 1);
+    gl.clear(gl.COLOR_BUFFER_BIT);
+    return true;
+  }
+
   private frameByWasm(view: View): boolean {
-    const { background: [r, g, b], gl } = this, key = this.key(), d = this.drawn, moving = performance.now() - this.movedAt < 150;
+    if (!this.scene) return this.clear();
+    const key = this.key(), d = this.drawn, moving = performance.now() - this.movedAt < 150;
     const current = !!d && d.key === key && sameView(d.view, view), whole = current && d.width === view.width;
-    if (!this.scene) {
-      gl.bindFramebuffer(gl.FRAMEBUFFER, null);
-      gl.clearColor(r, g, b, 1);
-      gl.clear(gl.COLOR_BUFFER_BIT);
-      return true;
-    }
     if (!whole && !this.rendering) {
       if (current && moving) setTimeout(() => this.invalidate(), 160); // then at full size
       else void this.renderByWasm(view, key, moving && !!d ? this.scale : 1);

@@ -33,6 +33,7 @@ export interface Manifest {
   revision: number;
   chunks: { count: number; version: number }[];
   features: { channels: number; pca: Pca | null } | null;
+  background: [number, number, number];
   cameras: CaptureCamera[];
   heat: string[];
 }
@@ -74,6 +75,7 @@ export function readManifest(json: unknown): Manifest {
   return {
     id: text(json.id, "0"), name: text(json.name, "scene"), count, sh_degree: sh_degree as 0 | 1 | 2 | 3, chunk_size, header: readHeader(json.header, text(json.name, "")),
     step: whole(json.step, 0, 2 ** 40) ? json.step : null, live: json.live === true, revision: whole(json.revision, 0, 2 ** 40) ? json.revision : 0,
+    background: numbers(json.background, 3) ? (json.background as [number, number, number]) : [0, 0, 0],
     chunks: chunks as Manifest["chunks"], features: readFeatures(json.features), cameras,
     heat: Array.isArray(json.heat) ? json.heat.filter((h): h is string => typeof h === "string").slice(0, 16) : [],
   };

@@ -4,9 +4,10 @@ import type { App } from "../app";
 import { boxOf, inside, toPly } from "../editing";
 import type { Box } from "../overlay";
 import { project } from "../pose";
+import type { SplatScene } from "../scene";
 import { button, check, download, h, press, row, section, show } from "./dom";
 
-export function editPanel(app: App): HTMLElement {
+export function editPanel(app: App, exact: () => Promise<SplatScene>): HTMLElement {
   let whole: Box | null = null, box: Box | null = null, selecting = false;
   const count = h("p", { className: "hint", id: "edit-count", "aria-live": "polite" });
   const undo = button("Undo", () => (app.edits.undo(), app.applyEdits()), { title: "Ctrl+Z", id: "undo" }), redo = button("Redo", () => (app.edits.redo(), app.applyEdits()), { title: "Ctrl+Shift+Z", id: "redo" });
@@ -69,7 +70,10 @@ export function editPanel(app: App): HTMLElement {
       app.applyEdits();
     };
   };
-  const save = button("Export PLY", () => app.scene && download(`${app.scene.header.name.replace(/[^\w.-]+/g, "_").slice(0, 60) || "scene"}-edited.ply`, toPly(app.scene, app.edits.visible(app.scene))), { id: "export" });
+  const save = button("Export PLY", () => void exact().then((scene) => {
+    if (scene.count !== app.scene?.count) throw new Error("the run has gone on and its rows are others now; edit once it has ended");
+    download(`${scene.header.name.replace(/[^\w.-]+/g, "_").slice(0, 60) || "scene"}-edited.ply`, toPly(scene, app.edits.visible(scene)));
+  }).catch((why: unknown) => app.say(`export: ${why instanceof Error ? why.message : String(why)}`)), { id: "export", title: "What is shown, in full precision" });
   const refresh = () => {
     undo.disabled = !app.edits.canUndo;
     redo.disabled = !app.edits.canRedo;

@@ -1,5 +1,6 @@
 /** What frames the panels: title, status line, messages, help, theme, opening files, keys. */
 import type { App } from "../app";
+import type { Rgb } from "../mapping";
 import { button, download, h, show } from "./dom";
 
 /** Lines at the top, one for each key; an empty text takes its line away. */
@@ -24,6 +25,7 @@ export function statusLine(app: App): void {
   app.on("hover", (at) => {
     clearTimeout(timer);
     where.textContent = "";
+    where.hidden = true;
     if (at && app.scene) timer = window.setTimeout(() => void app.placeAt(at.x, at.y).then((hit) => {
       where.textContent = hit ? `depth ${show(hit.depth)} at (${hit.place.toArray().map((v) => show(v)).join(", ")})` : "";
       where.hidden = !hit;
@@ -69,7 +71,8 @@ export function fileDrops(open: (file: File) => void): void {
 
 export function setTheme(theme: "dark" | "light", app: App): void {
   document.documentElement.dataset.theme = theme;
-  app.emit("theme", undefined);
+  app.stage.empty = getComputedStyle(document.documentElement).getPropertyValue("--canvas").match(/[0-9a-f]{2}/gi)!.slice(0, 3).map((c) => parseInt(c, 16) / 255) as Rgb;
+  app.stage.invalidate();
 }
 
 export function welcome(app: App): void {

@@ -67,11 +67,11 @@ export function drawingPanel(app: App): HTMLElement {
     press(fly, m === "fly");
   };
   mode("orbit");
-  const backgrounds: Record<string, [number, number, number]> = { black: [0, 0, 0], grey: [0.5, 0.5, 0.5], white: [1, 1, 1] };
+  const backgrounds: Record<string, [number, number, number] | null> = { "the scene's": null, black: [0, 0, 0], grey: [0.5, 0.5, 0.5], white: [1, 1, 1] };
   return section("Camera and drawing",
     row(orbit, fly, button("Whole scene", () => app.scene && app.home(), { title: "Back to the whole scene (H)", id: "home" })),
     row(h("label", { for: "fov" }, "Field of view"), field(app)),
-    row(h("label", {}, "Background"), select("Background", Object.keys(backgrounds).map((k) => [k, k]), "black", (k) => app.setBackground(backgrounds[k]!), { id: "background" })),
+    row(h("label", {}, "Background"), select("Background", Object.keys(backgrounds).map((k) => [k, k]), "the scene's", (k) => app.setBackground(backgrounds[k]!), { id: "background" })),
     row(h("label", {}, "Drawn by"), select("Drawn by", [["auto", "what is faster"], ["webgl", "GPU (WebGL2)"], ["wasm", "CPU (WebAssembly)"]], "auto", (b) => app.stage.setBackend(b as BackendChoice), { id: "backend" })),
     row(check("Show cameras", true, (on) => ((app.showFrusta = on), app.stage.invalidate()), { id: "frusta" })));
 }

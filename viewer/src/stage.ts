@@ -9,6 +9,9 @@ export type BackendChoice = "auto" | "webgl" | "wasm";
 const SLOW_MS = 120; // of a WebGL2 frame, above which the WebAssembly rasterizer is tried
 const MOVING_MS = 70; // of a WebAssembly frame while the camera moves: fewer pixels hold it
 
+/** After a frame: the canvas shows the view, shows it nearly, shows what it did before, or nothing had changed. */
+type State = "done" | "drawn" | "waits" | "kept";
+
 interface Drawn {
   view: View;
   key: string;
@@ -32,6 +35,10 @@ export class Stage {
   private attributeStamp = 0;
   private rowsStamp = 0;
   private drawn: Drawn | null = null; // by WebAssembly
+  private presented: Drawn | null = null;
+  private dirty = true;
+  private blank = true; // the canvas was resized and lost its picture
+  private complete = false; // the canvas shows the view
   private rendering = false;
   private scale = 1;
   private movedAt = 0;
@@ -124,6 +131,10 @@ export class Stage {
 
   /** Something is to be drawn anew. */
   invalidate(): void {
+    this.dirty = true;
+    this.schedule();
+  }
+  private schedule(): void {
     if (this.scheduled) return;
     this.scheduled = true;
     requestAnimationFrame(() => {
@@ -136,7 +147,7 @@ export class Stage {
   settled(): Promise<void> {
     return new Promise((done) => {
       this.waiters.push(done);
-      this.invalidate();
+      this.schedule();
     });
   }
 
@@ -150,21 +161,28 @@ export class Stage {
   private frame(): void {
     const view = this.view();
     if (!this.engine || this.gl.isContextLost() || view.width < 1 || view.height < 1) return;
-    if (this.canvas.width !== view.width || this.canvas.height !== view.height) [this.canvas.width, this.canvas.height] = [view.width, view.height];
-    if (!sameView(view, this.lastView)) [this.lastView, this.movedAt] = [view, performance.now()];
+    if (this.canvas.width !== view.width || this.canvas.height !== view.height) [this.canvas.width, this.canvas.height, this.dirty, this.blank] = [view.width, view.height, true, true];
+    if (!sameView(view, this.lastView)) [this.lastView, this.movedAt, this.dirty] = [view, performance.now(), true];
     try {
-      const done = this.backend === "wasm" ? this.frameByWasm(view) : this.frameByGl(view);
-      this.over(view);
-      this.frames++;
-      if (done && !this.scheduled) for (const waiter of this.waiters.splice(0)) waiter();
+      const before = this.dirty;
+      this.dirty = false;
+      const state = before || !this.complete ? (!this.scene ? this.clear() : this.backend === "wasm" ? this.frameByWasm(view, before) : this.frameByGl(view)) : "kept";
+      if (state !== "kept" && state !== "waits") {
+        this.over(view);
+        this.blank = false;
+        this.frames++;
+      }
+      if (state !== "kept") this.complete = state === "done";
+      if (this.complete && !this.scheduled) for (const waiter of this.waiters.splice(0)) waiter();
     } catch (why) {
       this.failed(why instanceof Error ? why.message : String(why));
     }
   }
 
-  private frameByGl(view: View): boolean {
-    if (!this.scene) return this.clear();
+  private frameByGl(view: View): State {
     const engine = this.engine!, ready = engine.ready(view), start = performance.now();
+    // A software renderer has better to do than to draw in an order that is about to change.
+    if (!ready && this.software && !this.blank) return "waits";
     engine.draw(view, this.shot());
     if (this.choice === "auto" && ready && this.timed < 3) {
       engine.canvasPixels(1, 1); // waits for the picture
@@ -173,27 +191,29 @@ export class Stage {
       if (++this.timed > 1 && ms > SLOW_MS) this.slow = true;
       if (this.slow) this.invalidate();
     }
-    return ready;
+    return ready ? "done" : "drawn";
   }
 
-  private clear(): boolean {
+  private clear(): State {
     const { gl } = this;
     gl.bindFramebuffer(gl.FRAMEBUFFER, null);
     gl.clearColor(...this.empty, 1);
     gl.clear(gl.COLOR_BUFFER_BIT);
-    return true;
+    return "done";
   }
 
-  private frameByWasm(view: View): boolean {
-    if (!this.scene) return this.clear();
+  private frameByWasm(view: View, dirty: boolean): State {
     const key = this.key(), d = this.drawn, moving = performance.now() - this.movedAt < 150;
     const current = !!d && d.key === key && sameView(d.view, view), whole = current && d.width === view.width;
     if (!whole && !this.rendering) {
       if (current && moving) setTimeout(() => this.invalidate(), 160); // then at full size
       else void this.renderByWasm(view, key, moving && !!d ? this.scale : 1);
     }
-    if (d) this.engine!.present(d.pixels, d.width, d.height, view.width, view.height);
-    return whole;
+    // A picture is shown once, and again where lines over it changed; what is older than the view waits for the next.
+    if (!d || (d === this.presented && !this.blank && !(dirty && current))) return whole ? "done" : "waits";
+    this.engine!.present(d.pixels, d.width, d.height, view.width, view.height);
+    this.presented = d;
+    return whole ? "done" : "drawn";
   }
 
   private async renderByWasm(view: View, key: string, scale: number): Promise<void> {
@@ -243,6 +263,7 @@ export class Stage {
   /** What the canvas shows now. */
   async pixels(): Promise<ImageData> {
     await this.settled();
+    this.invalidate();
     this.frame();
     const { width, height } = this.canvas;
     return new ImageData(this.engine!.canvasPixels(width, height), width, height);

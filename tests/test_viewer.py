@@ -1,98 +1,16 @@
 """The page of `splatkit view` in a real browser: what it draws, against the native rasterizer, and what people do with it."""
-import math
+import json
 import time
 
-import chromium
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from shows import HEIGHT, WIDTH, Shows, camera, drawn, psnr, reference, sphere
 
-from splatkit import Scene, io, page, render, wire
-from splatkit.camera import Cameras, look_at
-from splatkit.capture import Photo, SceneHeader
+from splatkit import io, page, render, wire
+from splatkit.capture import SceneHeader
 from splatkit.raster import RasterSettings
 from splatkit.serve import Viewer
-from splatkit.shown import Shown, View
-
-WIDTH, HEIGHT = 320, 240
-K = torch.tensor([[280.0, 0, 163], [0, 270, 118], [0, 0, 1]])
-BACKGROUND = [0.1, 0.2, 0.3]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if reason := chromium.missing():
-        pytest.skip(reason)
-    browser = chromium.Browser()
-    yield browser
-    browser.quit()
-
-
-def sphere(n: int, sh_degree: int = 3, channels: int | None = None) -> Scene:
-    """A rough sphere of coloured Gaussians; with features, its left half differs from its right."""
-    g = torch.Generator().manual_seed(1)
-    r = lambda *shape: torch.randn(*shape, generator=g)
-    means = torch.nn.functional.normalize(r(n, 3), dim=1) * (1 + 0.15 * r(n, 1))
-    sh = torch.cat([r(n, 1, 3) * 0.7, r(n, (sh_degree + 1) ** 2 - 1, 3) * 0.12], dim=1)
-    features = None if channels is None else torch.cat([means[:, :1].sign() * 2, r(n, channels - 1) * 0.1], dim=1)
-    return Scene(means, r(n, 4), r(n, 3) * 0.5 - 3.4, r(n) * 2 + 1, sh, features)
-
-
-def camera(position=(0.5, -1.0, -3.2)) -> Cameras:
-    return Cameras(look_at(torch.tensor(position), torch.zeros(3), torch.tensor([0.0, -1, 0]))[None], K[None], WIDTH, HEIGHT)
-
-
-def view_of(cameras: Cameras) -> str:
-    """A View of the page."""
-    return (f"{{worldToCam: Float32Array.from({cameras.world_to_cam[0].flatten().tolist()}), K: Float32Array.from({cameras.K[0].flatten().tolist()}), "
-            f"width: {cameras.width}, height: {cameras.height}}}")
-
-
-def photos_of(scene: Scene, folder, n: int = 3) -> list[View]:
-    """Photos that are renders of the scene, as a capture has them."""
-    views = []
-    for i in range(n):
-        cam = camera((3.2 * math.sin(i), -0.6, -3.2 * math.cos(i)))
-        picture = (render(scene.replace(features=None), cam).color[0].clamp(0, 1) * 255).round().byte().numpy()
-        file = folder / f"photo{i}.png"
-        Image.fromarray(picture).save(file)
-        views.append(View.of(Photo(file.name, file, K.numpy(), WIDTH, HEIGHT, cam.world_to_cam[0].numpy()), WIDTH, HEIGHT))
-    return views
-
-
-class Shows:
-    """A server and a page on it that has the whole scene."""
-
-    def __init__(self, browser, scene: Scene, header: SceneHeader = SceneHeader(), views=(), **options):
-        self.said: list[str] = []
-        self.viewer = Viewer([Shown.of(scene, "sphere", header, tuple(views))], say=self.said.append).start()
-        self.page = browser.open(self.viewer.url, **options)
-        self.page.wait(f"window.splatkit?.scene && window.splatkit.scene.logitOpacities.indexOf(-100) < 0 && window.splatkit.scene.count === {len(scene)}")
-        self.page.run("await app.stage.settled()")
-
-    def __enter__(self):
-        return self.page
-
-    def __exit__(self, *error):
-        errors = self.page.errors()
-        self.page.close()
-        self.viewer.close(0)
-        if not error[0]:
-            assert errors == [] and self.said == []
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return -10 * math.log10(max(float(((a - b) ** 2).mean()), 1e-12))
-
-
-def drawn(tab, backend: str, cameras: Cameras, look: str = "colour") -> np.ndarray:
-    return tab.pixels(f"app.stage.setBackend('{backend}'); app.setBackground({BACKGROUND}); app.fixedView = {view_of(cameras)}; await app.setLook('{look}'); return app.stage.pixels()")
-
-
-def reference(scene: Scene, cameras: Cameras, settings=RasterSettings()) -> np.ndarray:
-    return render(scene.replace(features=None), cameras, background=torch.tensor(BACKGROUND), settings=settings).color[0].clamp(0, 1).numpy()
-
+from splatkit.shown import Shown
 
 # ---- what it draws
 
@@ -168,7 +86,6 @@ def test_the_token_leaves_the_address_and_a_reload_still_works(shown):
 def test_a_page_with_a_scene_inside_opens_from_a_disk_and_reaches_nothing(browser, tmp_path):
     scene = sphere(400, 1)
     shown = Shown.of(scene, "<img src=x onerror=alert(1)>", SceneHeader())
-    import json
     container = wire.container(json.loads(shown.manifest("0") + "}"), [wire.core(scene), wire.sh(scene)])
     (tmp_path / "a.html").write_text(page.with_scene(container), encoding="utf-8")
     tab = browser.open((tmp_path / "a.html").as_uri())
@@ -193,7 +110,6 @@ def test_a_bad_file_is_a_message_and_the_scene_stays(shown, tmp_path, content):
 
 @pytest.mark.parametrize("change", ["cut off", "counts", "degree"])
 def test_a_damaged_scene_inside_a_page_is_a_message(browser, tmp_path, change):
-    import json
     scene = sphere(50, 1)
     manifest = json.loads(Shown.of(scene, "x", SceneHeader()).manifest("0") + "}")
     if change == "counts":
@@ -229,3 +145,28 @@ def test_a_lost_graphics_context_comes_back_with_the_same_picture(browser):
         tab.run("window.extension.restoreContext()")
         tab.wait("!document.querySelector('.messages')?.innerText.includes('context was lost')")
         assert np.array_equal(before, drawn(tab, "webgl", camera()))
+
+
+def test_a_rasterizer_that_failed_is_replaced(shown):
+    _, tab = shown
+    before = drawn(tab, "wasm", camera())
+    first = tab.run("window.first = app.stage.raster.worker; window.first.postMessage({type: 'weights', id: 999999, view: app.view(), x: -1, y: -1}); return true")
+    tab.wait("window.splatkit.stage.raster.worker === null")
+    assert first and np.array_equal(before, drawn(tab, "wasm", camera())) is True
+    drawn(tab, "wasm", camera((2.0, 1.0, -3.0)))
+    assert tab.run("return app.stage.raster.worker !== null && app.stage.raster.worker !== window.first")
+    assert np.array_equal(before, drawn(tab, "wasm", camera()))
+
+
+def test_features_of_a_file_get_colours(browser, tmp_path):
+    io.save(tmp_path / "scene.ply", sphere(300, 0, channels=5))
+    tab = browser.open(page.PAGE.as_uri(), width=1000, height=700)
+    tab.drop(selector="#file", path=str(tmp_path / "scene.ply"))
+    tab.wait("window.splatkit.scene")
+    tab.click(selector="#look-features")
+    tab.wait("window.splatkit.stage.look === 'features'")
+    colours = np.array(tab.run("return Array.from(app.stage.attributeValues)")).reshape(-1, 3)
+    left = np.array(tab.run("return Array.from(app.scene.means)")).reshape(-1, 3)[:, 0] < 0
+    assert abs(colours[left, 0].mean() - colours[~left, 0].mean()) > 0.8      # the first direction is what tells the halves apart
+    assert tab.errors() == []
+    tab.close()

@@ -3,7 +3,7 @@ import time
 
 import pytest
 import torch
-from test_viewer import browser, camera, drawn, psnr, reference, sphere     # noqa: F401
+from shows import camera, drawn, psnr, reference, sphere
 
 from splatkit.capture import SceneHeader
 from splatkit.serve import Viewer
@@ -14,7 +14,7 @@ def complete(scene) -> str:
     return f"window.splatkit?.scene?.count === {len(scene)} && window.splatkit.scene.logitOpacities.indexOf(-100) < 0"
 
 
-def test_a_run_is_followed_while_it_grows_and_the_camera_stays(browser):     # noqa: F811
+def test_a_run_is_followed_while_it_grows_and_the_camera_stays(browser):
     small, large = sphere(500, 1), sphere(900, 1)
     shown = Shown("run", SceneHeader(), sh_degree=1, live=True)
     with Viewer([shown]) as server:
@@ -45,7 +45,7 @@ def test_a_run_is_followed_while_it_grows_and_the_camera_stays(browser):     # n
         tab.close()
 
 
-def test_a_page_finds_a_server_that_comes_back_and_keeps_its_camera(browser):     # noqa: F811
+def test_a_page_finds_a_server_that_comes_back_and_keeps_its_camera(browser):
     scene = sphere(300, 0)
     server = Viewer([Shown.of(scene, "sphere", SceneHeader())]).start()
     tab = browser.open(server.url)
@@ -63,7 +63,7 @@ def test_a_page_finds_a_server_that_comes_back_and_keeps_its_camera(browser):   
         tab.close()
 
 
-def test_a_wrong_token_is_said_in_the_page(browser):     # noqa: F811
+def test_a_wrong_token_is_said_in_the_page(browser):
     with Viewer([Shown.of(sphere(10, 0), "sphere", SceneHeader())]) as server:
         tab = browser.open(server.url.replace(server.gate.token, "x" * 22))
         tab.wait("document.querySelector('.messages')?.innerText.includes('splatkit view')")
@@ -71,7 +71,7 @@ def test_a_wrong_token_is_said_in_the_page(browser):     # noqa: F811
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_a_scene_of_few_rows_is_shown(browser, n):     # noqa: F811
+def test_a_scene_of_few_rows_is_shown(browser, n):
     with Viewer([Shown.of(sphere(20, 0).rows(slice(0, n)), "few", SceneHeader())]) as server:
         tab = browser.open(server.url)
         tab.wait(f"window.splatkit?.scene?.count === {n}")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from chromium import VIEWER
-from test_viewer import HEIGHT, WIDTH, Shows, browser, camera, drawn, photos_of, psnr, sphere     # noqa: F401
+from shows import Shows, camera, drawn, photos_of, psnr, sphere
 
 from splatkit import io
 from splatkit.page import PAGE
@@ -18,7 +18,7 @@ def scene():
 
 
 @pytest.fixture(scope="module")
-def tab(browser, scene, tmp_path_factory):     # noqa: F811
+def tab(browser, scene, tmp_path_factory):
     with Shows(browser, scene, views=photos_of(scene, tmp_path_factory.mktemp("photos")), width=1000, height=700) as tab:
         yield tab
 
@@ -64,7 +64,7 @@ def test_keys_fly(tab):
     assert moved @ forward > 0.01
 
 
-def test_two_fingers_come_nearer_on_a_narrow_screen_where_nothing_is_wider_than_it(browser, scene):     # noqa: F811
+def test_two_fingers_come_nearer_on_a_narrow_screen_where_nothing_is_wider_than_it(browser, scene):
     with Shows(browser, scene, width=375, height=700, touch=True) as tab:
         distance = tab.run("return app.pose.distance")
         tab.touch(points=[[[150, 300], [220, 300]], [[130, 300], [240, 300]], [[100, 300], [270, 300]]])

@@ -8,7 +8,7 @@ import { Overlay } from "./overlay";
 import { copyOf, fitted, lookAt, poseOf, unproject, viewOf, type Pose, type View } from "./pose";
 import { DEFAULT_HEADER, whereabouts, type SplatScene } from "./scene";
 import { Stage } from "./stage";
-import { attributeOf, depthRange, quantile, similarityTo } from "./views";
+import { attributeOf, depthRange, pcaOf, quantile, similarityTo } from "./views";
 import type { CaptureCamera, Manifest, Pca } from "./wire";
 
 export interface AppEvents {
@@ -155,7 +155,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
 
   available(look: Look): boolean {
     if (look === "heat") return this.heat !== null;
-    return look === "features" ? !!this.scene?.features && !!this.pca : look === "similarity" ? !!this.scene?.features : true;
+    return look === "features" || look === "similarity" ? !!this.scene?.features : true;
   }
   async setLook(look: Look): Promise<void> {
     const scene = this.scene;
@@ -165,7 +165,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
         const values = await this.heat!(this.heatName);
         this.stage.range = [quantile(values, 0.02), quantile(values, 0.98)];
         this.stage.setAttribute(attributeOf(values));
-      } else if (look === "features") this.stage.setAttribute(attributeOf(null, scene, this.pca!));
+      } else if (look === "features") this.stage.setAttribute(attributeOf(null, scene, (this.pca ??= pcaOf(scene))));
       else if (look === "similarity") {
         this.stage.range = [0, 1];
         this.stage.setAttribute(attributeOf(this.query ? similarityTo(scene, this.query) : new Float32Array(scene.count)));

@@ -26,6 +26,40 @@ export function attributeOf(values: Float32Array | null, scene?: SplatScene, pca
   return out;
 }
 
+/** The three directions in which the features of a sample of the scene vary most, by opacity, with the range along each: for files, which come without. */
+export function pcaOf(scene: SplatScene): Pca {
+  const f = scene.features!, C = f.channels, every = Math.max(1, Math.floor(scene.count / 5000)), rows: Float64Array[] = [], weights: number[] = [];
+  for (let i = 0; i < scene.count; i += every) {
+    rows.push(Float64Array.from({ length: C }, (_, c) => f.int8[C * i + c]! * f.scale[c]! + f.offset[c]!));
+    weights.push(1 / (1 + Math.exp(-scene.logitOpacities[i]!)));
+  }
+  const total = weights.reduce((a, b) => a + b, 0) || 1, mean = Array.from({ length: C }, (_, c) => rows.reduce((sum, r, i) => sum + weights[i]! * r[c]!, 0) / total);
+  for (const r of rows) mean.forEach((m, c) => (r[c]! -= m));
+  const basis: number[][] = [], low: number[] = [], high: number[] = [];
+  for (let k = 0; k < 3; k++) {
+    // Power iteration on what the directions before leave.
+    let v = mean.map((_, c) => Math.cos(1 + c * (k + 1.7)));
+    for (let turn = 0; turn < 30; turn++) {
+      const next = new Array<number>(C).fill(0);
+      rows.forEach((r, i) => {
+        const along = weights[i]! * r.reduce((sum, x, c) => sum + x * v[c]!, 0);
+        for (let c = 0; c < C; c++) next[c]! += along * r[c]!;
+      });
+      for (const b of basis) {
+        const along = next.reduce((sum, x, c) => sum + x * b[c]!, 0);
+        b.forEach((x, c) => (next[c]! -= along * x));
+      }
+      const length = Math.hypot(...next);
+      v = next.map((x) => (length > 0 ? x / length : 0));
+    }
+    basis.push(v);
+    const along = rows.map((r) => r.reduce((sum, x, c) => sum + x * v[c]!, 0));
+    low.push(quantile(along, 0.01));
+    high.push(quantile(along, 0.99));
+  }
+  return { mean, basis, low, high };
+}
+
 /** Cosine of each Gaussian's features with the query, from 0 (the rest) to 1 (the most alike): 0 at the median, nothing below. */
 export function similarityTo(scene: SplatScene, query: Float32Array): Float32Array {
   const f = scene.features!, out = new Float32Array(scene.count), length = Math.hypot(...query) || 1;

@@ -5,9 +5,10 @@ import { h, section, show } from "./dom";
 import type { Compare } from "./compare";
 
 export function camerasPanel(app: App, compare: Compare): HTMLElement {
-  const list = h("div", { className: "list", role: "list", id: "cameras" }), panel = section("Photos", list, compare.element);
+  const list = h("div", { className: "list", role: "list", id: "cameras" }), key = h("p", { className: "hint" }, "Loss of each photo: blue cameras are drawn well, red ones badly."), panel = section("Photos", list, key, compare.element);
   const refresh = () => {
     panel.hidden = !app.cameras.length;
+    key.hidden = app.cameras.every((c) => c.loss === null);
     list.replaceChildren(...app.cameras.slice(0, 2000).map((c, i) =>
       h("button", { type: "button", onclick: () => app.jump(i), title: `${c.name}, ${c.width} × ${c.height}` }, h("span", {}, c.name), h("span", { className: "value" }, c.loss === null ? "" : show(c.loss)))));
     mark();

@@ -82,7 +82,14 @@ function start(): void {
       manifest = m.manifest;
       app.heatName ||= manifest.heat[0] ?? "";
       if (m.fresh) app.open(m.scene, manifest, !!app.scene && app.scene !== m.scene && opened === manifest.id);
-      else app.setCameras(manifest.cameras), app.pca = manifest.features?.pca ?? null;
+      else {
+        app.setCameras(manifest.cameras);
+        app.pca = manifest.features?.pca ?? app.pca;
+        if (app.stage.look === "heat" && performance.now() - heated > 2000) {
+          heated = performance.now();
+          void app.setLook("heat");
+        }
+      }
       opened = manifest.id;
       cameras.refresh();
       describe();
@@ -108,4 +115,5 @@ function start(): void {
     return to;
   }
 }
-let opened = "";
+let opened = ""; // the scene that the page shows
+let heated = 0; // when its heat was fetched last

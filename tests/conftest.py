@@ -46,6 +46,17 @@ def native_dtype(request):
     return dtype
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium for the pages of `splatkit view`."""
+    import chromium
+    if reason := chromium.missing():
+        pytest.skip(reason)
+    browser = chromium.Browser()
+    yield browser
+    browser.quit()
+
+
 @pytest.fixture
 def without_native(monkeypatch):
     """Everything that may use the native library takes its torch path."""

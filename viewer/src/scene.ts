@@ -14,6 +14,13 @@ export interface SceneHeader {
   name: string;
 }
 
+export interface Features {
+  channels: number;
+  int8: Int8Array; // N x channels; value = int8 * scale + offset
+  scale: Float32Array;
+  offset: Float32Array;
+}
+
 /** N Gaussians. Every finite value is valid; spaces and units are those of splatkit.Scene. */
 export interface SplatScene {
   count: number;
@@ -23,7 +30,7 @@ export interface SplatScene {
   logScales: Float32Array; // 3N
   logitOpacities: Float32Array; // N
   sh: Float32Array; // N x K x 3, K = (degree + 1)^2
-  features?: { channels: number; int8: Int8Array; scale: Float32Array; offset: Float32Array };
+  features?: Features;
   header: SceneHeader;
 }
 
@@ -31,3 +38,40 @@ export interface SplatScene {
 export const DEFAULT_HEADER: SceneHeader = {
   near: 0.01, blur_px2: 0.3, antialias: false, alpha_min: 1 / 255, alpha_max: 0.99, transmittance_min: 1e-4, fov_margin: 0.3, up: [0, -1, 0], step: null, name: "",
 };
+
+/** Beyond it neither textures nor chunks of this page reach. */
+export const COUNT_MAX = 16_000_000;
+/** Logit of a Gaussian that is not there yet. */
+export const ABSENT = -100;
+
+export const bandsOf = (shDegree: number): number => (shDegree + 1) ** 2;
+
+/** A scene of `count` transparent Gaussians, to be filled by chunks. */
+export function blankScene(count: number, shDegree: 0 | 1 | 2 | 3, header: SceneHeader): SplatScene {
+  return {
+    count, shDegree, header, means: new Float32Array(3 * count), quats: new Float32Array(4 * count), logScales: new Float32Array(3 * count).fill(-5),
+    logitOpacities: new Float32Array(count).fill(ABSENT), sh: new Float32Array(3 * bandsOf(shDegree) * count),
+  };
+}
+
+/** Where most of the opacity is: the weighted median of the means and the radius that holds 4/5 of it; a sample of at most 50,000 rows. */
+export function whereabouts(scene: SplatScene): { centre: [number, number, number]; radius: number } {
+  const every = Math.max(1, Math.floor(scene.count / 50_000)), rows: number[] = [];
+  for (let i = 0; i < scene.count; i += every) if (scene.logitOpacities[i]! > ABSENT && finite(scene.means, i)) rows.push(i);
+  if (!rows.length) return { centre: [0, 0, 0], radius: 1 };
+  const weight = new Map(rows.map((i) => [i, 1 / (1 + Math.exp(-scene.logitOpacities[i]!))]));
+  const total = rows.reduce((sum, i) => sum + weight.get(i)!, 0);
+  const quantile = (value: (i: number) => number, share: number): number => {
+    const sorted = rows.map((i) => [value(i), weight.get(i)!] as const).sort((a, b) => a[0] - b[0]);
+    let sum = 0;
+    for (const [v, w] of sorted) if ((sum += w) >= share * total) return v;
+    return sorted.at(-1)![0];
+  };
+  const centre = [0, 1, 2].map((k) => quantile((i) => scene.means[3 * i + k]!, 0.5)) as [number, number, number];
+  const distance = (i: number) => Math.hypot(...[0, 1, 2].map((k) => scene.means[3 * i + k]! - centre[k]!));
+  return { centre, radius: quantile(distance, 0.8) || Math.exp(scene.logScales[3 * rows[0]!]!) || 1 };
+}
+
+function finite(means: Float32Array, i: number): boolean {
+  return Number.isFinite(means[3 * i]! + means[3 * i + 1]! + means[3 * i + 2]!);
+}

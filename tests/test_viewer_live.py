@@ -1,0 +1,81 @@
+"""The page beside a run that works: rows that change and grow, heat, curves, a server that goes and comes back."""
+import time
+
+import pytest
+import torch
+from shows import camera, drawn, psnr, reference, sphere
+
+from splatkit.capture import SceneHeader
+from splatkit.serve import Viewer
+from splatkit.shown import Live, Shown
+
+
+def complete(scene) -> str:
+    return f"window.splatkit?.scene?.count === {len(scene)} && window.splatkit.scene.logitOpacities.indexOf(-100) < 0"
+
+
+def test_a_run_is_followed_while_it_grows_and_the_camera_stays(browser):
+    small, large = sphere(500, 1), sphere(900, 1)
+    shown = Shown("run", SceneHeader(), sh_degree=1, live=True)
+    with Viewer([shown]) as server:
+        live = Live(shown, server.hand_over)
+        live.take(small, 10, {"age": torch.arange(500.0)}, complete=True)
+        tab = browser.open(server.url, width=320, height=240)
+        tab.wait(complete(small))
+        tab.run("app.controls.turn(30, 10)")
+        before = tab.run("return app.pose.position.toArray()")
+        for record in ({"step": 10, "gaussians": 500, "loss": 0.5, "psnr_train": 20.0}, {"step": 20, "gaussians": 900, "loss": 0.25, "psnr_train": 24.0}):
+            shown.record(record)
+        live.take(large, 20, {"age": torch.arange(900.0)}, complete=True)
+        tab.wait(complete(large))
+        assert tab.run("return app.pose.position.toArray()") == before
+        tab.wait("document.querySelector('#about').innerText.includes('step 20')")
+        tab.wait("document.querySelector('.curve polyline').getAttribute('points')?.split(' ').length === 2")
+        # A chunk may be on its way: the picture is compared once nothing changes.
+        deadline = time.time() + 10
+        while (found := psnr(drawn(tab, "wasm", camera()), reference(large, camera()))) < 50 and time.time() < deadline:
+            time.sleep(0.2)
+        assert found > 50
+        tab.click(selector="#toggle-panel") if tab.run("return document.body.classList.contains('closed')") else None
+        tab.click(selector="#look-heat")
+        tab.wait("window.splatkit.stage.look === 'heat'")
+        values = torch.tensor(tab.run("return Array.from(app.stage.attributeValues)")).reshape(-1, 3)[:, 0]
+        assert (values - torch.arange(900.0)).abs().max() < 899 / 255
+        assert tab.errors() == []
+        tab.close()
+
+
+def test_a_page_finds_a_server_that_comes_back_and_keeps_its_camera(browser):
+    scene = sphere(300, 0)
+    server = Viewer([Shown.of(scene, "sphere", SceneHeader())]).start()
+    tab = browser.open(server.url)
+    tab.wait(complete(scene))
+    tab.run("app.controls.turn(40, 10)")
+    before = tab.run("return app.pose.position.toArray()")
+    server.close(0)
+    tab.wait("document.querySelector('.messages')?.innerText.includes('is lost')")
+    again = Viewer([Shown.of(scene.replace(logit_opacities=scene.logit_opacities + 1), "sphere", SceneHeader())], port=server.port)
+    again.gate.token = server.gate.token
+    with again:
+        tab.wait("!document.querySelector('.messages')?.innerText.includes('is lost')")
+        tab.wait(f"Math.abs(window.splatkit.scene.logitOpacities[0] - {float(scene.logit_opacities[0]) + 1}) < 0.1")
+        assert tab.run("return app.pose.position.toArray()") == before
+        tab.close()
+
+
+def test_a_wrong_token_is_said_in_the_page(browser):
+    with Viewer([Shown.of(sphere(10, 0), "sphere", SceneHeader())]) as server:
+        tab = browser.open(server.url.replace(server.gate.token, "x" * 22))
+        tab.wait("document.querySelector('.messages')?.innerText.includes('splatkit view')")
+        tab.close()
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_scene_of_few_rows_is_shown(browser, n):
+    with Viewer([Shown.of(sphere(20, 0).rows(slice(0, n)), "few", SceneHeader())]) as server:
+        tab = browser.open(server.url)
+        tab.wait(f"window.splatkit?.scene?.count === {n}")
+        for backend in ("webgl", "wasm"):
+            tab.run(f"app.stage.setBackend('{backend}'); await app.stage.settled()")
+        assert tab.errors() == [] and tab.text(".messages .error") == ""
+        tab.close()

@@ -1,0 +1,225 @@
+/** The line to `splatkit view`: scenes over HTTP and a socket, under a token that came in the address. A lost line is tried again, and nothing of the page is forgotten. */
+import { Emitter } from "./emitter";
+import { blankScene, type SplatScene } from "./scene";
+import { readManifest, readMessage, writeChunk, readHeat, type Manifest, type Plane } from "./wire";
+
+export interface Metrics {
+  steps: number[];
+  loss: number[];
+  psnr: [number, number][];
+  count: number[];
+}
+
+export interface ConnectionEvents {
+  state: "connecting" | "open" | "lost" | "done" | "refused";
+  manifest: { manifest: Manifest; scene: SplatScene; fresh: boolean };
+  chunk: { first: number; last: number; plane: Plane };
+  metrics: Metrics;
+  first: void; // every row of a scene is there
+  error: string;
+}
+
+const RETRY_MS = [500, 1000, 2000, 4000, 8000];
+const QUEUED_MAX = 8 << 20; // bytes of a message of the socket
+const TOKEN_KEY = "splatkit-token";
+
+/** The token of the address, which is then taken out of it; kept for a reload of this tab. */
+export function takeToken(): string | null {
+  const token = new URLSearchParams(location.hash.slice(1)).get("token");
+  try {
+    if (token) {
+      history.replaceState(null, "", location.pathname + location.search);
+      sessionStorage.setItem(TOKEN_KEY, token);
+    }
+    return token ?? sessionStorage.getItem(TOKEN_KEY);
+  } catch {
+    return token; // a sandboxed page has no storage
+  }
+}
+
+export class Connection extends Emitter<ConnectionEvents> {
+  private socket: WebSocket | null = null;
+  private tries = 0;
+  private closed = false;
+  private planes: Plane[] = ["core", "sh"];
+  private scene: SplatScene | null = null;
+  manifest: Manifest | null = null;
+  private missing = new Set<number>(); // chunks of core that have not come yet
+  private acknowledging = 0;
+  private metrics: Metrics = { steps: [], loss: [], psnr: [], count: [] };
+
+  constructor(private readonly token: string, private sceneId = "0") {
+    super();
+  }
+
+  async get(path: string): Promise<Response> {
+    const reply = await fetch(path, { headers: { Authorization: `Bearer ${this.token}` }, cache: "no-store" });
+    if (!reply.ok) throw new Error(reply.status === 401 || reply.status === 403 ? "the server does not know this page's token; open the link that `splatkit view` printed" : `${path}: the server answered ${reply.status}`);
+    return reply;
+  }
+  async scenes(): Promise<{ id: string; name: string; live: boolean }[]> {
+    const json = (await (await this.get("/api/scenes")).json()) as { scenes?: { id: string; name: string; live: boolean }[] };
+    return (json.scenes ?? []).slice(0, 1000);
+  }
+  async photo(index: number): Promise<Blob> {
+    return (await this.get(`/api/scene/${encodeURIComponent(this.sceneId)}/photo/${index}`)).blob();
+  }
+
+  /** One heat channel of every Gaussian, by its place in the manifest's list. */
+  async heat(channel: number): Promise<Float32Array> {
+    const m = this.manifest!, out = new Float32Array(m.count);
+    for (let k = 0; k < m.chunks.length; k++) {
+      const n = m.chunks[k]!.count, bytes = new Uint8Array(await (await this.get(`/api/scene/${encodeURIComponent(m.id)}/chunk/${k}/heat`)).arrayBuffer());
+      const { channels, values } = readHeat(n, bytes);
+      if (channel < channels) for (let i = 0; i < n; i++) out[k * m.chunk_size + i] = values[channels * i + channel]!;
+    }
+    return out;
+  }
+
+  /** The scene unrounded, as the server has it now. */
+  async exact(): Promise<SplatScene> {
+    const m = readManifest(await (await this.get(`/api/scene/${encodeURIComponent(this.sceneId)}`)).json()), scene = blankScene(m.count, m.sh_degree, m.header);
+    for (const [k, chunk] of m.chunks.entries()) {
+      const reply = await this.get(`/api/scene/${encodeURIComponent(m.id)}/chunk/${k}/float32?version=${chunk.version}`);
+      writeChunk(scene, "float32", k * m.chunk_size, chunk.count, new Uint8Array(await reply.arrayBuffer()));
+    }
+    if (this.scene?.features && this.scene.count === m.count) scene.features = this.scene.features;
+    return scene;
+  }
+
+  /** Watches a scene; what was watched before is left. */
+  watch(sceneId: string): void {
+    this.sceneId = sceneId;
+    this.scene = this.manifest = null;
+    this.metrics = { steps: [], loss: [], psnr: [], count: [] };
+    if (this.socket?.readyState === WebSocket.OPEN) this.sendWatch();
+    else if (!this.socket) this.open();
+    void this.pastMetrics();
+  }
+  /** Asks for a further plane of the scene. */
+  want(plane: Plane): void {
+    if (this.planes.includes(plane)) return;
+    this.planes = [...this.planes, plane];
+    if (this.socket?.readyState === WebSocket.OPEN) this.sendWatch();
+    void this.largeFeatures(this.manifest).catch((why: unknown) => this.emit("error", String(why)));
+  }
+  /** Hears nothing more. */
+  leave(): void {
+    this.closed = true;
+    this.socket?.close();
+  }
+  private sendWatch(): void {
+    this.send({ type: "watch", scene: this.sceneId, planes: this.planes });
+  }
+  private send(message: object): void {
+    this.socket?.send(JSON.stringify(message));
+  }
+
+  private open(): void {
+    this.emit("state", "connecting");
+    const socket = (this.socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/api/socket`));
+    let heard = false;
+    socket.binaryType = "arraybuffer";
+    socket.onopen = () => {
+      this.send({ type: "hello", token: this.token });
+      this.sendWatch();
+    };
+    socket.onmessage = (event: MessageEvent<string | ArrayBuffer>) => {
+      if (!heard) [heard, this.tries] = [true, 0], this.emit("state", "open");
+      try {
+        if (typeof event.data === "string") this.text(JSON.parse(event.data));
+        else this.binary(event.data);
+      } catch (why) {
+        this.emit("error", `a message of the server does not fit: ${why instanceof Error ? why.message : String(why)}`);
+      }
+    };
+    socket.onclose = (event) => {
+      this.socket = null;
+      if (this.closed) return;
+      if (event.code === 1008 || event.code === 4401 || event.code === 4403) return this.emit("state", "refused");
+      this.emit("state", "lost");
+      setTimeout(() => !this.socket && this.open(), RETRY_MS[Math.min(this.tries++, RETRY_MS.length - 1)]);
+    };
+  }
+
+  private text(message: { type?: string; message?: string } & Record<string, unknown>): void {
+    if (message.type === "manifest") this.takeManifest(readManifest(message));
+    else if (message.type === "metrics") this.addMetrics(message as unknown as Metrics);
+    else if (message.type === "error") this.emit("error", String(message.message).slice(0, 300));
+    else if (message.type === "done") this.emit("state", "done");
+  }
+
+  private takeManifest(manifest: Manifest): void {
+    if (manifest.id !== this.sceneId) return;
+    const before = this.manifest;
+    if (!this.scene || before?.id !== manifest.id) this.missing = new Set(manifest.chunks.keys());
+    const fresh = !this.scene || !before || before.count !== manifest.count || before.sh_degree !== manifest.sh_degree;
+    if (fresh) this.scene = grown(this.scene, manifest);
+    this.scene!.header = manifest.header;
+    this.manifest = manifest;
+    this.emit("manifest", { manifest, scene: this.scene!, fresh });
+    if (this.planes.includes("features")) void this.largeFeatures(before);
+  }
+
+  private binary(data: ArrayBuffer): void {
+    const m = readMessage(data), manifest = this.manifest, rows = manifest?.chunks[m.chunk]?.count;
+    try {
+      if (!manifest || rows === undefined) return;
+      const first = m.chunk * manifest.chunk_size;
+      writeChunk(this.scene!, m.plane, first, rows, m.data);
+      this.emit("chunk", { first, last: first + rows, plane: m.plane });
+      if (m.plane === "core" && this.missing.delete(m.chunk) && !this.missing.size) this.emit("first", undefined);
+    } finally {
+      this.acknowledge(m.frame);
+    }
+  }
+
+  /** Once what came with it is on the screen. */
+  private acknowledge(frame: number): void {
+    if (!this.acknowledging) requestAnimationFrame(() => {
+      this.send({ type: "ack", frame: this.acknowledging });
+      this.acknowledging = 0;
+    });
+    this.acknowledging = frame;
+  }
+
+  /** Chunks of features that are too large for the socket come by request. */
+  private async largeFeatures(before: Manifest | null): Promise<void> {
+    const { manifest: m, scene } = this, channels = m?.features?.channels ?? 0;
+    for (const [k, chunk] of (m?.chunks ?? []).entries()) {
+      if (12 + (8 + chunk.count) * channels <= QUEUED_MAX || (before !== m && before?.chunks[k]?.version === chunk.version && scene!.features)) continue;
+      const bytes = new Uint8Array(await (await this.get(`/api/scene/${encodeURIComponent(m!.id)}/chunk/${k}/features`)).arrayBuffer());
+      if (this.scene !== scene) return;
+      writeChunk(scene!, "features", k * m!.chunk_size, chunk.count, bytes);
+      this.emit("chunk", { first: k * m!.chunk_size, last: k * m!.chunk_size + chunk.count, plane: "features" });
+    }
+  }
+
+  private async pastMetrics(): Promise<void> {
+    try {
+      this.addMetrics((await (await this.get(`/api/scene/${encodeURIComponent(this.sceneId)}/metrics`)).json()) as Metrics);
+    } catch {
+      // A scene without a training run has none.
+    }
+  }
+  private addMetrics(m: Metrics): void {
+    const all = this.metrics, last = all.steps.at(-1) ?? -1, lastPsnr = all.psnr.at(-1)?.[0] ?? -1;
+    if (!Array.isArray(m.steps) || !Array.isArray(m.loss) || !Array.isArray(m.count)) return;
+    m.steps.forEach((step, i) => {
+      if (!(step > last)) return;
+      all.steps.push(step);
+      all.loss.push(Number(m.loss[i]));
+      all.count.push(Number(m.count[i]));
+    });
+    for (const p of Array.isArray(m.psnr) ? m.psnr : []) if (Array.isArray(p) && p[0] > lastPsnr) all.psnr.push([Number(p[0]), Number(p[1])]);
+    this.emit("metrics", all);
+  }
+}
+
+/** A scene of the manifest's size that keeps the rows that were there. */
+function grown(before: SplatScene | null, manifest: Manifest): SplatScene {
+  const scene = blankScene(manifest.count, manifest.sh_degree, manifest.header);
+  if (!before || before.shDegree !== scene.shDegree) return scene;
+  for (const key of ["means", "quats", "logScales", "logitOpacities", "sh"] as const) scene[key].set(before[key].subarray(0, scene[key].length));
+  return scene;
+}

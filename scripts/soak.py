@@ -1,9 +1,11 @@
 """Reliability at length: fuzzed readers, killed runs, sanitized scenes; prints one table. The tests run the same in small.
 
     python scripts/soak.py                               everything
-    python scripts/soak.py --only fuzz --mutants 5000    one part: fuzz, kills, operations or sanitizers
+    python scripts/soak.py --only fuzz --mutants 5000    one part: fuzz, kills, operations, sanitizers or server
 """
 import argparse
+import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -53,7 +55,22 @@ def sanitized(options) -> Iterator[Row]:
         yield f"sanitizers, {real}", said, good
 
 
-PARTS = {"fuzz": fuzzed, "kills": killed, "operations": stopped, "sanitizers": sanitized}
+def served(options) -> Iterator[Row]:
+    """A program of its own: what it holds is counted."""
+    command = [sys.executable, str(Path(__file__).resolve().parent.parent / "tests" / "serving.py"), options.minutes * 60, options.messages, 100_000, options.seed]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=options.minutes * 120 + options.messages + 300, check=False)
+    if done.returncode or "Traceback" in done.stderr:
+        yield "viewer's server", done.stderr[-2000:], False
+        return
+    said = json.loads(done.stdout)
+    grown = said["median loud ms"] / said["median quiet ms"] - 1
+    yield (f"viewer's server, {said['messages']:,} mutated messages", f"said {said['said']}, {said['descriptors more']} descriptors more, answers {said['answers']}",
+           not said["said"] and said["descriptors more"] <= 0 and said["answers"] == 200 and done.stderr == "")
+    yield "memory of a server that is misused", f"{said['MB']:.0f} MB, {said['MB a minute']:+.2f} a minute", said["MB a minute"] < 0.5
+    yield "median step beside it, one thread", f"{said['median quiet ms']:.2f} ms, {100 * grown:+.1f} % with all clients", grown <= 0.02
+
+
+PARTS = {"fuzz": fuzzed, "kills": killed, "operations": stopped, "sanitizers": sanitized, "server": served}
 
 
 def main() -> int:
@@ -62,6 +79,8 @@ def main() -> int:
     parser.add_argument("--mutants", type=int, default=20_000, help="of each reader's files")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--scenes", type=int, default=20_000, help="random scenes of each precision under the sanitizers")
+    parser.add_argument("--minutes", type=float, default=10, help="of misuse of the viewer's server")
+    parser.add_argument("--messages", type=int, default=100_000, help="mutated ones to it, at least")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     all_good = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import threading
 import time
 from collections import OrderedDict, deque
@@ -23,7 +24,7 @@ from .scene import Edit, Scene
 CACHE_BYTES = 128 << 20
 PHOTO_SIDE_MAX = 1600       # pixels
 UP = (0.0, -1.0, 0.0)       # where a scene does not say: COLMAP's worlds often stand so
-SHARE = 0.015               # of a run's time that its copies may take
+SHARE = 0.015               # of a run's time that its copies may cost
 
 
 class Gone(Exception):
@@ -118,6 +119,7 @@ class Shown:
         self.metrics: dict[str, list] = {"steps": [], "loss": [], "psnr": [], "count": []}
         self.pca: dict | None = None
         self.done = False
+        self.spent = 0.0                                    # CPU-seconds of the worker
         self.wanted, self.sh_wanted = 0.0, 0.0              # until when (time.monotonic) someone looks; at the higher bands
         self._cameras, self._cameras_at = "[]", -math.inf
 
@@ -158,7 +160,12 @@ class Shown:
         rows = state.rows(chunk)
         if plane == "heat":     # changes with every step
             return state.versions[chunk], wire.heat(torch.stack([x[rows] for x in state.heat.values()], dim=1).numpy())
-        encode = lambda: wire.ENCODERS[plane](state.scene.rows(rows))
+
+        def encode() -> bytes:
+            start = time.thread_time()
+            data = wire.ENCODERS[plane](state.scene.rows(rows))
+            self.spent += time.thread_time() - start
+            return data
         return state.versions[chunk], encode() if plane == "float32" else cache.get((self, plane, chunk), state.versions[chunk], encode)
 
     def manifest(self, key: str) -> str:
@@ -191,12 +198,13 @@ class Shown:
 class Live:
     """The side of a run: takes copies of its scene between steps, never waits. The latest copy wins; without anybody who looks there is none.
 
-    `hand_over(install)` gives work to the server's worker. A copy is taken at most `rate` times a second, and so seldom that copies take SHARE of the time.
+    `hand_over(install)` gives work to the server's worker. A copy is taken at most `rate` times a second, and so seldom that copies cost SHARE of the time: the
+    run waits while one is taken, and a run on the CPU does without what the worker spends on it, as if all cores were busy.
     """
 
     def __init__(self, shown: Shown, hand_over: Callable[[Callable[[], None]], None], rate: float = 2.0):
         self.shown, self.hand_over, self.rate = shown, hand_over, rate
-        self.next, self.born, self.taken = 0.0, None, 0
+        self.born, self.taken, self.taken_at, self.seconds, self.spent, self.cores = None, 0, -math.inf, 0.0, 0.0, os.cpu_count() or 1
         self.losses: dict[int, Tensor] = {}
         self._free: deque[dict[str, Tensor]] = deque()
         self._held: dict[str, Tensor] | None = None         # the buffers of the state that is shown
@@ -210,8 +218,8 @@ class Live:
             self.born = torch.where(edit.fresh, torch.full_like(self.born[:1], step), self.born[edit.source])
 
     def due(self) -> bool:
-        now = time.monotonic()
-        return now >= self.next and now < max(self.shown.wanted, self.shown.sh_wanted) and not self._on_the_way.is_set()
+        now, cost = time.monotonic(), self.seconds + (self.shown.spent - self.spent) / self.cores
+        return now >= self.taken_at + max(1 / self.rate, cost / SHARE) and now < max(self.shown.wanted, self.shown.sh_wanted) and not self._on_the_way.is_set()
 
     def take(self, scene: Scene, step: int, heat: dict[str, Tensor] | None = None, complete: bool = False) -> None:
         """Copies the scene for the server, with the SH bands above 0 only while somebody looks at them or where it is to be `complete`."""
@@ -227,9 +235,8 @@ class Live:
             (buffers, copies), ready = self._copied(fields), None
         losses = self.losses.copy()
         self.hand_over(lambda: self._install(copies, buffers, complete, step, losses, ready))
-        seconds = time.perf_counter() - start
-        self.taken += 1
-        self.next = time.monotonic() + max(1 / self.rate, seconds / SHARE)
+        self.taken, self.taken_at, self.seconds = self.taken + 1, time.monotonic(), time.perf_counter() - start
+        self.spent, self.cores = self.shown.spent, math.inf if scene.means.is_cuda else self.cores
 
     def _copied(self, fields: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Buffers, used before where there are such, since fresh memory costs as much as the copy; and the copies that lie in them."""

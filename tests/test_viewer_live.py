@@ -79,3 +79,14 @@ def test_a_scene_of_few_rows_is_shown(browser, n):
             tab.run(f"app.stage.setBackend('{backend}'); await app.stage.settled()")
         assert tab.errors() == [] and tab.text(".messages .error") == ""
         tab.close()
+
+
+def test_another_scene_of_the_server_can_be_chosen(browser):
+    with Viewer([Shown.of(sphere(30, 0), "first", SceneHeader()), Shown.of(sphere(70, 2), "second", SceneHeader())]) as server:
+        tab = browser.open(server.url)
+        tab.wait("window.splatkit?.scene?.count === 30")
+        tab.run("const s = document.querySelector('#scene-choice'); s.value = '1'; s.dispatchEvent(new Event('change'))")
+        tab.wait(complete(sphere(70, 2)))
+        assert tab.text("h1") == "second" and tab.run("return app.scene.shDegree") == 2
+        assert tab.errors() == []
+        tab.close()

@@ -1,4 +1,4 @@
-/** Small helpers over raw WebGL2. */
+/** Short forms of raw WebGL2. */
 
 export type GL = WebGL2RenderingContext;
 

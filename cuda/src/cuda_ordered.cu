@@ -13,18 +13,20 @@ __global__ void __launch_bounds__(ROWS) slots_kernel(const int64_t* tiles, int64
   if (i < rows) count[i] = unpacked(tiles[i]).count();
 }
 
-// Each row's records in a fixed order, so that the sum does not depend on which tile was finished first: of every group of SUBS threads, thread `sub` adds the
-// records of that warp of every groups-th tile.
-__device__ void add_tiles(const BlendVjpArgs& v, int64_t first, int count, int sub, int group, int groups, float (&sums)[RECORD]) {
-  static_assert(RECORD == 16, "a record is four vectors");
-  for (int t = group; t < count && first + t < v.slots; t += groups) {
-    const int64_t slot = (first + t) * SUBS + sub;
-    if (!v.written[slot]) continue;
-    const float4* record = (const float4*)(v.records + slot * RECORD);
+// Each row's records in a fixed order, so that the sum does not depend on which tile was finished first: `lanes` threads take every lanes-th tile each.
+__device__ void add_tiles(const BlendVjpArgs& v, int64_t first, int count, int lane, int lanes, float (&sums)[RECORD]) {
+  static_assert(SUBS == 8 && RECORD == 16, "eight flags are two words, a record four vectors");
+  for (int t = lane; t < count && first + t < v.slots; t += lanes) {
+    const uint2 flags = ((const uint2*)v.written)[first + t];
+    if (!(flags.x | flags.y)) continue;
+    for (int sub = 0; sub < SUBS; sub++) {
+      if (!((sub < 4 ? flags.x >> 8 * sub : flags.y >> 8 * (sub - 4)) & 0xff)) continue;
+      const float4* record = (const float4*)(v.records + ((first + t) * SUBS + sub) * RECORD);
 #pragma unroll
-    for (int j = 0; j < RECORD; j += 4) {
-      const float4 four = record[j / 4];
-      sums[j] += four.x, sums[j + 1] += four.y, sums[j + 2] += four.z, sums[j + 3] += four.w;
+      for (int j = 0; j < RECORD; j += 4) {
+        const float4 four = record[j / 4];
+        sums[j] += four.x, sums[j + 1] += four.y, sums[j + 2] += four.z, sums[j + 3] += four.w;
+      }
     }
   }
 }
@@ -36,8 +38,8 @@ __device__ void write_sums(const BlendVjpArgs& v, int64_t row, const float (&sum
   if (v.weight_sums) v.weight_sums[row] = sums[SK_SPLAT];
 }
 
-// A lane for each warp of a tile; rows of many tiles, which the others would wait for, are taken by the whole block.
-constexpr int MANY = 64, LANES = SUBS, ROWS_OF_BLOCK = ROWS / LANES;
+// Eight lanes a row; rows of many tiles, which the others would wait for, are taken by the whole block.
+constexpr int MANY = 256, LANES = 8, ROWS_OF_BLOCK = ROWS / LANES;
 __global__ void __launch_bounds__(ROWS) sum_slots_kernel(BlendVjpArgs v) {
   __shared__ float parts[ROWS / 32][RECORD];
   __shared__ int32_t many[ROWS_OF_BLOCK];
@@ -46,7 +48,7 @@ __global__ void __launch_bounds__(ROWS) sum_slots_kernel(BlendVjpArgs v) {
   const int count = row < rows ? unpacked(v.tiles[row]).count() : 0;
   if (lane == 0) many[threadIdx.x / LANES] = count >= MANY ? count : 0;
   float sums[RECORD] = {};
-  if (count && count < MANY) add_tiles(v, v.slot_of[row], count, lane, 0, 1, sums);
+  if (count && count < MANY) add_tiles(v, v.slot_of[row], count, lane, LANES, sums);
 #pragma unroll
   for (int j = 0; j < SUMS; j++)
     for (int bit = LANES / 2; bit; bit >>= 1) sums[j] += __shfl_xor_sync(FULL, sums[j], bit);
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(ROWS) sum_slots_kernel(BlendVjpArgs v) {
   for (int r = 0; r < ROWS_OF_BLOCK; r++) {
     if (!many[r]) continue;
     for (int j = 0; j < RECORD; j++) sums[j] = 0;
-    add_tiles(v, v.slot_of[first_row + r], many[r], lane, threadIdx.x / LANES, ROWS_OF_BLOCK, sums);
+    add_tiles(v, v.slot_of[first_row + r], many[r], threadIdx.x, ROWS, sums);
 #pragma unroll
     for (int j = 0; j < SUMS; j++) sums[j] = sum_of_warp(sums[j]);
     if (threadIdx.x % 32 == 0)

@@ -5,14 +5,14 @@ const task = () => new Promise((done) => requestAnimationFrame(done));
 /** `engine`: canvas, gl(), load(url) -> a promise, pose(view), draw(): one frame onto the canvas. Where `own` it also draws when it must and calls `look` then; count() says how often it drew. */
 export function bench(engine) {
   const changes = { at: 0, same: 0, frames: 0, hash: 0 };
-  let loaded = false;
+  let loaded = 0, blank = 0;
 
   /** Waits for the picture; when it last changed is kept. */
   function look() {
     const pixels = read();
     let hash = 2166136261;
     for (let i = 0; i < pixels.length; i++) hash = Math.imul(hash ^ pixels[i], 16777619);
-    changes.frames++;
+    if (!changes.frames++) blank = hash;
     if (hash === changes.hash) changes.same++;
     else Object.assign(changes, { hash, same: 0, at: performance.now() });
   }
@@ -38,15 +38,16 @@ export function bench(engine) {
   const api = (window.bench = {
     changes,
     look,
-    /** Draws until the picture has been the same for 4 frames and `quiet` ms; milliseconds since the navigation began, and the clock's time then, of the last change. */
+    /** Draws until the picture is none without a scene and, after the loading, the same for 4 frames and `quiet` ms; milliseconds since the navigation began, and the clock's time then, of the last change. */
     async opened(url, view, quiet) {
       engine.pose(view);
       const loading = engine.load(url).then(() => {
         engine.pose(view);
-        loaded = true;
+        changes.same = 0;
+        loaded = performance.now();
       });
       loading.catch((why) => (changes.error = String(why)));
-      while (!loaded || changes.same < 4 || performance.now() - changes.at < quiet) {
+      while (!loaded || changes.hash === blank || changes.same < 4 || performance.now() - Math.max(changes.at, loaded) < quiet) {
         if (changes.error) throw new Error(changes.error);
         await next();
       }

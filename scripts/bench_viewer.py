@@ -249,10 +249,10 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def against(what: str, must: float, aim: float, ours: float, theirs: float | None, unit: str) -> Row:
-    bars = f"<= {must:.3g}x", f"{aim:.3g}x"
+    bars, digits = (f"<= {must:.3g}x", f"{aim:.3g}x"), 0 if unit == "CPU-ms" else 2
     if theirs is None:
         return Row(what, *bars, f"{ours:.3g} {unit}; no peer", None)
-    return Row(what, *bars, f"{ours / theirs:.3f}x ({ours:.3g} / {theirs:.3g} {unit})", ours <= must * theirs)
+    return Row(what, *bars, f"{ours / theirs:.3f}x ({ours:,.{digits}f} / {theirs:,.{digits}f} {unit})", ours <= must * theirs)
 
 
 # ---- measures: rows, and the numbers behind them

@@ -1,0 +1,46 @@
+/** Our page, as it comes from the server, under the protocol of harness.mjs. */
+import { WasmRaster } from "../../src/wasm";
+import { bench, parameters } from "./harness.mjs";
+
+const app = window.splatkit, { stage } = app, { gl } = stage, backend = parameters.get("backend") ?? "auto";
+stage.setBackend(backend);
+const frame = stage.frame.bind(stage);
+
+const { look } = bench({
+  canvas: app.canvas,
+  own: true,
+  gl: () => gl,
+  count: backend === "webgl" && (() => stage.frames),
+  pose(view) {
+    app.fixedView = { ...view, worldToCam: Float32Array.from(view.worldToCam), K: Float32Array.from(view.K) };
+    stage.invalidate();
+  },
+  draw: frame,
+  async load(url) {
+    const field = document.querySelector("#file"), files = new DataTransfer();
+    files.items.add(new File([await (await fetch(url)).arrayBuffer()], "scene.ply"));
+    field.files = files.files;
+    field.dispatchEvent(new Event("change"));
+    while (!app.scene) await new Promise((done) => setTimeout(done, 5));
+    await stage.settled();
+  },
+  /** A whole picture a view, at full size however slow. */
+  frame: backend === "wasm" && (() => {
+    stage.scale = 1;
+    return stage.settled();
+  }),
+});
+stage.frame = () => {
+  frame();
+  look();
+};
+
+/** Float colours [H, W, 3] of the page's scene by the page's rasterizer, base64. */
+window.bench.exact = async (wasm, view) => {
+  const raster = await WasmRaster.load(Uint8Array.from(atob(wasm), (c) => c.charCodeAt(0)).buffer);
+  raster.setScene(app.scene);
+  const { color } = raster.render(Float32Array.from(view.worldToCam), Float32Array.from(view.K), view.width, view.height, [0, 0, 0]), bytes = new Uint8Array(color.buffer, color.byteOffset, color.byteLength);
+  let text = "";
+  for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192));
+  return btoa(text);
+};

@@ -197,7 +197,8 @@ class Fit:
         if view.depth is not None:
             results, v_results = [*results, out.expected_depth], [*v_results, self._depth_gradient(out.expected_depth[0], view)[None]]
         wanted = [*scene.fields().values(), *((camera.world_to_cam, camera.K) if moving else ())]
-        values = torch.autograd.grad(results, wanted, v_results)
+        inner = sum((x * v).sum() for x, v in zip(results, v_results))      # not grad(results, wanted, v_results): that imports sympy, seconds for every start
+        values = torch.autograd.grad(inner, wanted)
         grads = dict(zip(scene.fields(), values))
         scene = scene.detach()
         unfit = self.shard.any((~torch.isfinite(torch.stack([g.sum() for g in grads.values()]))).tolist())     # one look: on a card each waits

@@ -167,17 +167,12 @@ def render(
         outputs: What to draw; what is not color goes to files beside OUT, as in OUT.depth.mp4.
         exact: Write depth also as one float32 .npy per picture.
     """
-    from . import film, io, paths
+    from . import film, paths
     from .raster import RasterSettings
+    from .views import scene_of
 
-    settings, photos, file = None, None, scene
-    if scene.is_dir():
-        if not (scene / "config.yaml").is_file():
-            raise BadFile(scene, "config.yaml", "no such file; expected a run folder of `splatkit reconstruct` or a .ply")
-        settings, file = dataclasses.replace(config.load_yaml(scene / "config.yaml", config.Reconstruct), output=scene), scene / "scene.ply"
-    gaussians, header = io.load(file)
-    if unknown := set(header.settings) - set(RasterSettings.__dataclass_fields__):
-        raise BadFile(file, "header", f"must be drawn with {', '.join(sorted(unknown))}, which this version does not know")
+    gaussians, header, settings = scene_of(scene)
+    photos = None
     if settings:
         try:
             photos = paths.photo_cameras(settings)

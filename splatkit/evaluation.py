@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import config as configs
 from . import io, lpips
 from .config import Reconstruct
 from .errors import BadFile
@@ -23,7 +22,7 @@ from .metrics import colour_fitted, psnr, ssim
 from .poses import refined
 from .raster import render
 from .scene import Scene
-from .views import Views, raster_settings, views_of
+from .views import Views, raster_settings, run_config, views_of
 
 SPLITS = {"held": "held-out photos", "train": "photos that the scene was trained on", "all": "photos, trained on and held out together"}
 COLUMNS = {"psnr": ("PSNR", ".2f"), "psnr_colour_fitted": ("PSNR, colours fitted", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f")}
@@ -82,11 +81,9 @@ def evaluate(run: Path, split: str = "held", lpips_files: Sequence[Path] = (), p
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}; expected one of {', '.join(SPLITS)}")
-    if not (run / "config.yaml").is_file():
-        raise BadFile(run, "config.yaml", "no such file; expected a run folder of `splatkit reconstruct`")
+    config = run_config(run)
     if not (run / "scene.ply").is_file():
         raise BadFile(run, "scene.ply", "no such file: the run has not come to its first scene; start it again")
-    config = dataclasses.replace(configs.load_yaml(run / "config.yaml", Reconstruct), output=run)
     if not config.data.exists():
         raise BadFile(config.data, "", f"no such folder or film; {run / 'config.yaml'} has the photos there (data), seen from the working folder")
     weights = lpips.load(lpips_files) if lpips_files else None

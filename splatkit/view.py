@@ -8,21 +8,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import config as configs
-from . import io, page, wire
+from . import page, wire
 from .capture import SceneHeader
+from .config import Reconstruct
 from .errors import BadFile
 from .fit import Fit
 from .io.atomic import replacing
 from .io.reading import Report, silent
 from .io.source import load_source
 from .poses import refined
-from .raster import RasterSettings
 from .reconstruct import Watcher
 from .scene import Edit, Scene
 from .serve import Viewer
 from .shown import Cache, Live, Shown, View
-from .views import Views
+from .views import Views, scene_of
 
 
 def opened(path: Path, say: Report = silent) -> Shown:
@@ -30,25 +29,17 @@ def opened(path: Path, say: Report = silent) -> Shown:
 
     Raises BadFile for what is wrong with the scene or the run.
     """
-    settings = None
-    if path.is_dir():
-        if not (path / "config.yaml").is_file():
-            raise BadFile(path, "config.yaml", "no such file; expected a run folder of `splatkit reconstruct` or a scene file")
-        settings = dataclasses.replace(configs.load_yaml(path / "config.yaml", configs.Reconstruct), output=path)
-    file = path / "scene.ply" if settings else path
-    scene, header = io.load(file, say)
-    if unknown := set(header.settings) - set(RasterSettings.__dataclass_fields__):
-        raise BadFile(file, "header", f"must be drawn with {', '.join(sorted(unknown))}, which this version does not know")
+    scene, header, config = scene_of(path, say)
     name = path.resolve().name
-    if settings is None:
+    if config is None:
         return Shown.of(scene, name, header)
-    shown = Shown.of(scene, name, header, _views(settings, say), settings.background)
+    shown = Shown.of(scene, name, header, _views(config, say), config.background)
     for line in _lines(path / "metrics.jsonl"):
         shown.record(line)
     return shown
 
 
-def _views(config: configs.Reconstruct, say: Report) -> tuple[View, ...]:
+def _views(config: Reconstruct, say: Report) -> tuple[View, ...]:
     try:
         capture, downscale = load_source(config.data, config.output, config.downscale)
         capture = refined(capture, config.output / "cameras.json")

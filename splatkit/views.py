@@ -1,20 +1,25 @@
 """How a run works: its photos at the size and on the device that its config says, and the settings that it draws with."""
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import config as configs
+from . import io
 from .camera import Cameras
-from .capture import Capture, Photo
+from .capture import Capture, Photo, SceneHeader
 from .config import Reconstruct
-from .errors import BackendUnavailable
+from .errors import BackendUnavailable, BadFile
 from .io.depth import load_depth
 from .io.photos import load_image, load_mask
 from .io.reading import Report, silent
 from .io.source import load_source
 from .raster import RasterSettings, backends
+from .scene import Scene
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,23 @@ class Views:
             return self.capture.sparse_depth(i, self.camera(i))
         depth = load_depth(self.capture.photos[i], *self.size(self.capture.photos[i])) if source == "sensor" else None
         return None if depth is None else torch.from_numpy(depth).to(self.device)
+
+
+def run_config(run: Path, instead: str = "") -> Reconstruct:
+    """What a run folder was made with, wherever the folder is now. Raises BadFile where it is none; `instead` is what else was expected."""
+    if not (run / "config.yaml").is_file():
+        raise BadFile(run, "config.yaml", f"no such file; expected a run folder of `splatkit reconstruct`{instead}")
+    return dataclasses.replace(configs.load_yaml(run / "config.yaml", Reconstruct), output=run)
+
+
+def scene_of(path: Path, say: Report = silent) -> tuple[Scene, SceneHeader, Reconstruct | None]:
+    """The scene of a file or of a run folder, how it must be drawn, and what the run was made with. Raises BadFile."""
+    config = run_config(path, " or a scene file") if path.is_dir() else None
+    file = path / "scene.ply" if config else path
+    scene, header = io.load(file, say)
+    if unknown := set(header.settings) - set(RasterSettings.__dataclass_fields__):
+        raise BadFile(file, "header", f"must be drawn with {', '.join(sorted(unknown))}, which this version does not know")
+    return scene, header, config
 
 
 def views_of(config: Reconstruct, say: Report = silent) -> Views:

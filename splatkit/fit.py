@@ -125,8 +125,8 @@ class Fit:
         return go(view, background, sh_degree, settings, rate)
 
     def grow(self, step: int) -> Edit | None:
-        """Ends a step with the changes of rows that are due, and says how rows changed (None: not at all). The processes that share a scene each work out the change of all of it: they hold the whole
-        scene, and one tensor of the moments after the other, for a moment."""
+        """Ends a step with the changes of rows that are due, and says how rows changed (None: not at all). The processes that share a scene each work out the
+        change of all of it: they hold the whole scene, and one tensor of the moments after the other, for a moment."""
         due = self.shard.world > 1 and self.growth.due(step)
         whole = self._gather if due else lambda x: x
         scene = self.scene.detach()

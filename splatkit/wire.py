@@ -60,14 +60,14 @@ def sh(scene: Scene) -> bytes:
     rest = _array(scene.sh)[:, 1:].reshape(len(scene), 3 * (scene.sh.shape[1] - 1))
     low, high = _range(rest, axis=0)
     if not (np.isfinite(low).all() and np.isfinite(high).all()) or max(-low.min(initial=0), high.max(initial=0)) > VALUE_MAX:
-        rest = np.clip(np.nan_to_num(rest, nan=0, posinf=0, neginf=0), -VALUE_MAX, VALUE_MAX)
+        rest = _bounded(rest)
         low, high = _range(rest, axis=0)
-    return struct.pack("<4sII", b"SKH1", len(scene), rest.shape[1] // 3) + low.astype("<f4").tobytes() + high.astype("<f4").tobytes() + _blocks(rest, low, high).tobytes()
+    return struct.pack("<4sII", b"SKH1", len(scene), rest.shape[1] // 3) + _ranged(rest, low, high)
 
 
 def features(scene: Scene) -> bytes:
     """The plane of the features of a chunk: 8 bits a channel."""
-    values = np.clip(np.nan_to_num(_array(scene.features), nan=0, posinf=0, neginf=0), -VALUE_MAX, VALUE_MAX)
+    values = _bounded(_array(scene.features))
     low, high = _range(values, axis=0)
     # Whole numbers from -127 to 127 for low to high; a channel that does not vary is all offset.
     scale, offset = ((high - low) / 254).astype("<f4"), (low + (high - low) / 2).astype("<f4")
@@ -83,9 +83,8 @@ def float32(scene: Scene) -> bytes:
 
 def heat(values: Float[Array, "n C"]) -> bytes:
     """The plane of what Gaussians are coloured by beside their colour."""
-    values = np.clip(np.nan_to_num(values, nan=0, posinf=0, neginf=0), -VALUE_MAX, VALUE_MAX)
-    low, high = _range(values, axis=0)
-    return struct.pack("<4sII", b"SKT1", *values.shape) + low.astype("<f4").tobytes() + high.astype("<f4").tobytes() + _blocks(values, low, high).tobytes()
+    values = _bounded(values)
+    return struct.pack("<4sII", b"SKT1", *values.shape) + _ranged(values, *_range(values, axis=0))
 
 
 ENCODERS: dict[str, Callable[[Scene], bytes]] = {"core": core, "sh": sh, "features": features, "float32": float32}
@@ -130,6 +129,16 @@ def container(manifest: dict, planes: Iterable[bytes]) -> bytes:
 def _array(x) -> Array:
     """A tensor of the CPU as float32, without a copy where it is that already."""
     return x.detach().numpy().astype(np.float32, copy=False)
+
+
+def _bounded(x: Array) -> Array:
+    """0 where it is not finite, and nothing beyond VALUE_MAX."""
+    return np.clip(np.nan_to_num(x, nan=0, posinf=0, neginf=0), -VALUE_MAX, VALUE_MAX)
+
+
+def _ranged(x: Float[Array, "n C"], low: Float[Array, " C"], high: Float[Array, " C"]) -> bytes:
+    """The ranges of the channels, then 8 bits of each value."""
+    return low.astype("<f4").tobytes() + high.astype("<f4").tobytes() + _blocks(x, low, high).tobytes()
 
 
 def _columns(x: Float[Array, "n C"]) -> Float[Array, "C n"]:

@@ -33,10 +33,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import chromium                                          # noqa: E402: of the tests' folder
 from bench_raster import processor                       # noqa: E402
-from bench_wasm import made_up                           # noqa: E402
+from bench_wasm import camera_of, made_up                # noqa: E402
+from gpu_bench import said                               # noqa: E402
+from shows import complete                               # noqa: E402
 
 from splatkit import Scene, io, page, render             # noqa: E402
-from splatkit.camera import Cameras, look_at             # noqa: E402
+from splatkit.camera import Cameras                      # noqa: E402
 from splatkit.capture import SceneHeader                 # noqa: E402
 from splatkit.serve import Viewer                        # noqa: E402
 from splatkit.shown import Live, Shown                   # noqa: E402
@@ -154,7 +156,6 @@ class Bench:
     def __init__(self, folder: Path, size: Size, peers: Path | None, soak: float):
         self.folder, self.size, self.peers, self.soak = folder, size, peers, soak
         self.wasm = base64.b64encode((VIEWER / "src" / "splat.wasm").read_bytes()).decode()
-        self.focal = 0.5 * size.width / math.tan(math.radians(25))
         self.views = [self.view(3.0 * i) for i in range(40)]
         if peers:
             (folder / "node_modules").symlink_to(peers / "node_modules")
@@ -175,11 +176,7 @@ class Bench:
         subprocess.run(list(map(str, command)), check=True)
 
     def camera(self, degrees: float = 0.0) -> Cameras:
-        """Of an orbit."""
-        a, (x, y, z) = math.radians(degrees), (1.8, -1.6, -2.4)
-        position = torch.tensor([x * math.cos(a) + z * math.sin(a), y, z * math.cos(a) - x * math.sin(a)])
-        K = torch.tensor([[[self.focal, 0, self.size.width / 2], [0, self.focal, self.size.height / 2], [0, 0, 1]]])
-        return Cameras(look_at(position, torch.tensor([0.0, 0.2, 0.0]), torch.tensor([0.0, -1.0, 0.0]))[None], K, self.size.width, self.size.height)
+        return camera_of(self.size.width, self.size.height, degrees)
 
     def view(self, degrees: float = 0.0) -> dict:
         c = self.camera(degrees)
@@ -233,7 +230,7 @@ class Bench:
     def on_server(self, browser: chromium.Browser, server: Viewer, scene: Scene) -> chromium.Page:
         """Our page on a server, with the whole scene, under the same script as a page with a file."""
         tab = browser.open(server.url, width=self.size.width, height=self.size.height)
-        tab.wait(f"window.splatkit?.scene?.count === {len(scene)} && window.splatkit.scene.logitOpacities.indexOf(-100) < 0", seconds=120)
+        tab.wait(complete(scene), seconds=120)
         tab.run((self.folder / "ours.js").read_text(encoding="utf-8") + "; await app.stage.settled()")
         return tab
 
@@ -436,10 +433,6 @@ def installed(folder: str) -> Path | None:
         path.mkdir(parents=True, exist_ok=True)
         subprocess.run(["npm", "install", "--no-save", "--no-audit", "--no-fund", *(f"{name}@{version}" for name, version in PEERS.items())], cwd=path, check=True, stdout=sys.stderr)
     return path
-
-
-def said(*command: str) -> str:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def table(rows: list[dict]) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from splatkit.camera import Cameras, look_at
+from splatkit.metrics import psnr
 from splatkit.raster import RasterSettings, render
 from splatkit.scene import Scene
 
@@ -37,6 +38,15 @@ def made_up(n: int) -> Scene:
     return Scene(torch.cat([disc, torus, sphere]), normal(n, 4), log_scales, 2 * normal(n) + 0.5, sh)
 
 
+def camera_of(width: int, height: int, degrees: float = 0.0) -> Cameras:
+    """Of an orbit around it, 50 degrees wide."""
+    a, (x, y, z) = math.radians(degrees), (1.8, -1.6, -2.4)
+    position = torch.tensor([x * math.cos(a) + z * math.sin(a), y, z * math.cos(a) - x * math.sin(a)])
+    focal = 0.5 * width / math.tan(math.radians(25))
+    pose = look_at(position, torch.tensor([0.0, 0.2, 0.0]), torch.tensor([0.0, -1.0, 0.0]))
+    return Cameras(pose[None], torch.tensor([[[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]]]), width, height)
+
+
 def in_node(script: Path, scene: Scene, camera: Cameras, folder: Path) -> tuple[torch.Tensor, float]:
     """The colour picture, and the least CPU seconds of a frame."""
     header = vars(RasterSettings()) | {"up": [0, -1, 0], "step": None, "name": ""}
@@ -52,10 +62,7 @@ def in_node(script: Path, scene: Scene, camera: Cameras, folder: Path) -> tuple[
 
 def main():
     torch.set_num_threads(1)
-    pose = look_at(torch.tensor([1.8, -1.6, -2.4]), torch.tensor([0.0, 0.2, 0.0]), torch.tensor([0.0, -1.0, 0.0]))
-    focal = 0.5 * WIDTH / math.tan(math.radians(25))
-    camera = Cameras(pose[None], torch.tensor([[[focal, 0, WIDTH / 2], [0, focal, HEIGHT / 2], [0, 0, 1]]]), WIDTH, HEIGHT)
-    psnr = lambda a, b: -10 * math.log10((a.double() - b.double()).square().mean().item())
+    camera = camera_of(WIDTH, HEIGHT)
     print("| Gaussians | wasm CPU ms | native CPU ms | dB to native float32 | dB to native double |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -69,7 +76,7 @@ def main():
                 seconds.append(time.process_time() - before)
             double = render(scene.to(dtype=torch.float64), camera.to(dtype=torch.float64)).color[0]
             color, wasm = in_node(folder / "raster.mjs", scene, camera, folder)
-            print(f"| {n} | {1000 * wasm:.1f} | {1000 * min(seconds):.1f} | {psnr(color, single):.1f} | {psnr(color, double):.1f} |", flush=True)
+            print(f"| {n} | {1000 * wasm:.1f} | {1000 * min(seconds):.1f} | {psnr(color.double(), single.double()):.1f} | {psnr(color.double(), double):.1f} |", flush=True)
 
 
 if __name__ == "__main__":

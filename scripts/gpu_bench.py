@@ -23,9 +23,13 @@ GROUPS = ("means", "quats", "log_scales", "logit_opacities", "sh")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def said(*command: str) -> str:
+    """What a command of the project's folder prints; '' where there is none."""
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def provenance(dry: bool, commit: str | None, peer: bool) -> dict:
     """What a figure was measured on: card, driver, commit (`commit` where there is no git), versions."""
-    said = lambda *command: subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return {"card": "none (dry)" if dry else torch.cuda.get_device_name(), "driver": "" if dry else said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "commit": commit or said("git", "rev-parse", "--short", "HEAD"), "torch": torch.__version__, "python": platform.python_version(),
             "gsplat": __import__("gsplat").__version__ if peer else None}

@@ -51,6 +51,11 @@ def photos_of(scene: Scene, folder, n: int = 3) -> list[View]:
     return views
 
 
+def complete(scene: Scene) -> str:
+    """Whether a page has all of it, as an expression."""
+    return f"window.splatkit?.scene?.count === {len(scene)} && window.splatkit.scene.logitOpacities.indexOf(-100) < 0"
+
+
 class Shows:
     """A server and a page on it that has the whole scene."""
 
@@ -58,7 +63,7 @@ class Shows:
         self.said: list[str] = []
         self.viewer = Viewer([Shown.of(scene, "sphere", header or SceneHeader(), tuple(views))], say=self.said.append).start()
         self.page = browser.open(self.viewer.url, **options)
-        self.page.wait(f"window.splatkit?.scene && window.splatkit.scene.logitOpacities.indexOf(-100) < 0 && window.splatkit.scene.count === {len(scene)}")
+        self.page.wait(complete(scene))
         self.page.run("await app.stage.settled()")
 
     def __enter__(self):

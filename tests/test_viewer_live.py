@@ -3,15 +3,11 @@ import time
 
 import pytest
 import torch
-from shows import camera, drawn, psnr, reference, sphere
+from shows import camera, complete, drawn, psnr, reference, sphere
 
 from splatkit.capture import SceneHeader
 from splatkit.serve import Viewer
 from splatkit.shown import Live, Shown
-
-
-def complete(scene) -> str:
-    return f"window.splatkit?.scene?.count === {len(scene)} && window.splatkit.scene.logitOpacities.indexOf(-100) < 0"
 
 
 def test_a_run_is_followed_while_it_grows_and_the_camera_stays(browser):
@@ -61,6 +57,19 @@ def test_a_page_finds_a_server_that_comes_back_and_keeps_its_camera(browser):
         tab.wait(f"Math.abs(window.splatkit.scene.logitOpacities[0] - {float(scene.logit_opacities[0]) + 1}) < 0.1")
         assert tab.run("return app.pose.position.toArray()") == before
         tab.close()
+
+
+def test_a_page_of_a_run_that_has_ended_says_so_and_looks_for_no_server(browser):
+    scene, shown = sphere(100, 0), Shown("run", SceneHeader(), live=True)
+    with Viewer([shown]) as server:
+        Live(shown, server.hand_over).take(scene, 10, complete=True)
+        tab = browser.open(server.url)
+        tab.wait(complete(scene))
+        shown.done = True
+    tab.wait("document.querySelector('#about').innerText.includes('finished')")
+    tab.run("await new Promise(done => setTimeout(done, 700))")      # the first try after a lost line comes after 500 ms
+    assert "finished" in tab.text("#about") and "is lost" not in tab.text(".messages")
+    tab.close()
 
 
 def test_a_wrong_token_is_said_in_the_page(browser):

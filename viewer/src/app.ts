@@ -3,6 +3,7 @@ import { Vector3 } from "three";
 import { Controls, type ControlsOwner } from "./controls";
 import { Edits } from "./editing";
 import { Emitter } from "./emitter";
+import { reasonOf } from "./errors";
 import type { Look, Rgb } from "./mapping";
 import { Overlay } from "./overlay";
 import { copyOf, fitted, lookAt, poseOf, unproject, viewOf, type Pose, type View } from "./pose";
@@ -174,7 +175,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
       this.stage.invalidate();
       this.emit("look", look);
     } catch (why) {
-      this.say(`${look}: ${why instanceof Error ? why.message : String(why)}`);
+      this.say(`${look}: ${reasonOf(why)}`);
     }
   }
   /** Colours every Gaussian by how like its features are to those under canvas pixel (x, y). */
@@ -190,7 +191,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
       this.query = query;
       await this.setLook("similarity");
     } catch (why) {
-      this.say(`similarity: ${why instanceof Error ? why.message : String(why)}`);
+      this.say(`similarity: ${reasonOf(why)}`);
     }
   }
   /** null: what the scene was trained over. */

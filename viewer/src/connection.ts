@@ -1,5 +1,6 @@
 /** The line to `splatkit view`: scenes over HTTP and a socket, under a token that came in the address. A lost line is tried again, and nothing of the page is forgotten. */
 import { Emitter } from "./emitter";
+import { reasonOf } from "./errors";
 import { blankScene, type SplatScene } from "./scene";
 import { readManifest, readMessage, writeChunk, readHeat, type Manifest, type Plane } from "./wire";
 
@@ -19,6 +20,7 @@ export interface ConnectionEvents {
   error: string;
 }
 
+const REFUSED = 1008; // the code of a socket that the server closes for what was said on it
 const RETRY_MS = [500, 1000, 2000, 4000, 8000];
 const QUEUED_MAX = 8 << 20; // bytes of a message of the socket
 const TOKEN_KEY = "splatkit-token";
@@ -40,7 +42,8 @@ export function takeToken(): string | null {
 export class Connection extends Emitter<ConnectionEvents> {
   private socket: WebSocket | null = null;
   private tries = 0;
-  private closed = false;
+  private closed = false; // by the page
+  private ended = false; // the run has said that it is done
   private planes: Plane[] = ["core", "sh"];
   private scene: SplatScene | null = null;
   manifest: Manifest | null = null;
@@ -92,6 +95,7 @@ export class Connection extends Emitter<ConnectionEvents> {
     this.sceneId = sceneId;
     this.scene = this.manifest = null;
     this.metrics = { steps: [], loss: [], psnr: [], count: [] };
+    this.ended = false;
     if (this.socket?.readyState === WebSocket.OPEN) this.sendWatch();
     else if (!this.socket) this.open();
     void this.pastMetrics();
@@ -130,13 +134,14 @@ export class Connection extends Emitter<ConnectionEvents> {
         if (typeof event.data === "string") this.text(JSON.parse(event.data));
         else this.binary(event.data);
       } catch (why) {
-        this.emit("error", `a message of the server does not fit: ${why instanceof Error ? why.message : String(why)}`);
+        this.emit("error", `a message of the server does not fit: ${reasonOf(why)}`);
       }
     };
     socket.onclose = (event) => {
       this.socket = null;
       if (this.closed) return;
-      if (event.code === 1008 || event.code === 4401 || event.code === 4403) return this.emit("state", "refused");
+      if (event.code === REFUSED) return this.emit("state", "refused");
+      if (this.ended) return; // and its server with it
       this.emit("state", "lost");
       setTimeout(() => !this.socket && this.open(), RETRY_MS[Math.min(this.tries++, RETRY_MS.length - 1)]);
     };
@@ -146,7 +151,10 @@ export class Connection extends Emitter<ConnectionEvents> {
     if (message.type === "manifest") this.takeManifest(readManifest(message));
     else if (message.type === "metrics") this.addMetrics(message as unknown as Metrics);
     else if (message.type === "error") this.emit("error", String(message.message).slice(0, 300));
-    else if (message.type === "done") this.emit("state", "done");
+    else if (message.type === "done") {
+      this.ended = true;
+      this.emit("state", "done");
+    }
   }
 
   private takeManifest(manifest: Manifest): void {

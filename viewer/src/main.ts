@@ -2,6 +2,7 @@
 import "./styles.css";
 import { App } from "./app";
 import { Connection, takeToken } from "./connection";
+import { reasonOf } from "./errors";
 import { readFile } from "./formats";
 import { LOOKS } from "./mapping";
 import { Compare } from "./ui/compare";
@@ -18,7 +19,7 @@ document.body.append(canvas);
 try {
   start();
 } catch (why) {
-  document.body.append(h("div", { className: "messages" }, h("div", { className: "error" }, h("p", {}, why instanceof Error ? why.message : String(why)))));
+  document.body.append(h("div", { className: "messages" }, h("div", { className: "error" }, h("p", {}, reasonOf(why)))));
 }
 
 function start(): void {
@@ -51,7 +52,7 @@ function start(): void {
     scene.header = { ...scene.header, name: file.name };
     app.open(scene, null);
     app.say("", "error", "app");
-  }).catch((why: unknown) => app.say(why instanceof Error ? why.message : String(why)));
+  }).catch((why: unknown) => app.say(reasonOf(why)));
   fileDrops(drop);
   keys({
     ...Object.fromEntries(LOOKS.map((look, i) => [String(i + 1), () => document.getElementById(`look-${look}`)?.click()])),
@@ -69,7 +70,7 @@ function start(): void {
       carried.remove();
       app.open(read.scene, (manifest = { ...read.manifest, cameras: read.manifest.cameras.map((c) => ({ ...c, photo: null })) }));
     } catch (why) {
-      app.say(`The scene in this page cannot be read: ${why instanceof Error ? why.message : String(why)}`);
+      app.say(`The scene in this page cannot be read: ${reasonOf(why)}`);
     }
   } else if (token) line = connect(token);
   else if (location.protocol.startsWith("http")) app.say("This address lacks its key. Open the link that `splatkit view` printed, or drop a file.", "info", "line");
@@ -111,7 +112,7 @@ function start(): void {
       if (all.length > 1) scenes.replaceChildren(select("Scene", all.map((s) => [s.id, s.name]), all[0]!.id, (id) => to.watch(id), { id: "scene-choice" }));
       if (all[0]) to.watch(all[0].id);
       else app.say("The server shows no scene.", "info", "line");
-    }).catch((why: unknown) => app.say(why instanceof Error ? why.message : String(why), "error", "line"));
+    }).catch((why: unknown) => app.say(reasonOf(why), "error", "line"));
     return to;
   }
 }

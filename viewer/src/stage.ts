@@ -1,5 +1,6 @@
 /** The canvas: draws when something changed and not otherwise, by WebGL2 or by the WebAssembly rasterizer, with lines and labels over it. */
 import { OrderClient, RasterClient } from "./clients";
+import { reasonOf } from "./errors";
 import { GlEngine, type Shot } from "./gl/engine";
 import { readingOf, type Look, type Rgb } from "./mapping";
 import { sameView, type View } from "./pose";
@@ -79,7 +80,7 @@ export class Stage {
       if (this.scene) this.engine.setScene(this.scene);
       if (this.scene && this.attributeValues) this.engine.setAttribute(this.attributeValues);
     } catch (why) {
-      this.failed(why instanceof Error ? why.message : String(why));
+      this.failed(reasonOf(why));
     }
     this.invalidate();
   }
@@ -175,7 +176,7 @@ export class Stage {
       if (state !== "kept") this.complete = state === "done";
       if (this.complete && !this.scheduled) for (const waiter of this.waiters.splice(0)) waiter();
     } catch (why) {
-      this.failed(why instanceof Error ? why.message : String(why));
+      this.failed(reasonOf(why));
     }
   }
 
@@ -226,7 +227,7 @@ export class Stage {
       this.scale = Math.min(1, Math.max(0.3, scale * Math.sqrt(MOVING_MS / Math.max(p.ms, 1))));
       if (this.scale > 0.85) this.scale = 1;
     } catch (why) {
-      this.failed(`${why instanceof Error ? why.message : String(why)}. Drawing by the GPU instead.`);
+      this.failed(`${reasonOf(why)}. Drawing by the GPU instead.`);
       this.broken = true;
     }
     this.rendering = false;

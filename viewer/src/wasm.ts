@@ -1,4 +1,5 @@
 /** The CPU rasterizer of splatkit in WebAssembly: the same C++ as the native library (cuda/src/wasm.cpp), one thread. */
+import { reasonOf } from "./errors";
 import type { SplatScene } from "./scene";
 
 export interface Picture {
@@ -204,5 +205,5 @@ class OutOfMemory extends Error {
 }
 
 function line(why: unknown): string {
-  return String(why instanceof Error ? why.message : why).split("\n", 1)[0]!;
+  return reasonOf(why).split("\n", 1)[0]!;
 }

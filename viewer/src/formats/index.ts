@@ -1,4 +1,5 @@
 /** Splat files to scenes, by what the bytes say and, for .splat, by the name. */
+import { reasonOf } from "../errors";
 import { isCompressed, readCompressedPly } from "./compressed_ply";
 import { isPly, openPly, readPly } from "./ply";
 import { BadFile, type Loaded } from "./reading";
@@ -16,7 +17,7 @@ export async function readFile(file: File): Promise<Loaded> {
   try {
     bytes = await file.arrayBuffer();
   } catch (why) {
-    throw new BadFile(file.name, "", `cannot be read: ${why instanceof Error ? why.message : why}`);
+    throw new BadFile(file.name, "", `cannot be read: ${reasonOf(why)}`);
   }
   return readSplats(file.name, bytes);
 }

@@ -1,5 +1,6 @@
 /** A photo over the render of its camera: wipe, flicker or difference, with the PSNR of the whole picture. */
 import type { App } from "../app";
+import { reasonOf } from "../errors";
 import { fitted } from "../pose";
 import { button, h, press, row } from "./dom";
 
@@ -106,7 +107,7 @@ export class Compare {
     } catch (why) {
       this.loaded = null;
       this.result.textContent = "";
-      app.say(`photo: ${why instanceof Error ? why.message : String(why)}`);
+      app.say(`photo: ${reasonOf(why)}`);
     }
   }
 }

@@ -2,6 +2,7 @@
 import { Vector3 } from "three";
 import type { App } from "../app";
 import { boxOf, inside, toPly } from "../editing";
+import { reasonOf } from "../errors";
 import type { Box } from "../overlay";
 import { project } from "../pose";
 import type { SplatScene } from "../scene";
@@ -73,7 +74,7 @@ export function editPanel(app: App, exact: () => Promise<SplatScene>): HTMLEleme
   const save = button("Export PLY", () => void exact().then((scene) => {
     if (scene.count !== app.scene?.count) throw new Error("the run has gone on and its rows are others now; edit once it has ended");
     download(`${scene.header.name.replace(/[^\w.-]+/g, "_").slice(0, 60) || "scene"}-edited.ply`, toPly(scene, app.edits.visible(scene)));
-  }).catch((why: unknown) => app.say(`export: ${why instanceof Error ? why.message : String(why)}`)), { id: "export", title: "What is shown, in full precision" });
+  }).catch((why: unknown) => app.say(`export: ${reasonOf(why)}`)), { id: "export", title: "What is shown, in full precision" });
   const refresh = () => {
     undo.disabled = !app.edits.canUndo;
     redo.disabled = !app.edits.canRedo;

@@ -1,5 +1,6 @@
 /** A camera path: keyframes from where one stands, a preview, and the file that splatkit films from. */
 import type { App } from "../app";
+import { reasonOf } from "../errors";
 import { CameraPath } from "../path";
 import { button, download, h, row, section } from "./dom";
 
@@ -39,7 +40,7 @@ export function pathPanel(app: App): { element: HTMLElement; add: () => void } {
       path.read(text);
       [seconds.value, fps.value] = [String(path.seconds), String(path.fps)];
       refresh();
-    }).catch((why: unknown) => app.say(why instanceof Error ? why.message : String(why)));
+    }).catch((why: unknown) => app.say(reasonOf(why)));
     file.value = "";
   } });
   const add = () => {

@@ -1,4 +1,5 @@
 /** The WebAssembly rasterizer off the page's thread: pictures, and the blending weights of a pixel. After an error the page throws this worker away. */
+import { reasonOf } from "../errors";
 import { normalsTowards, toPixels, type Reading, type Rgb } from "../mapping";
 import { centreOf, type View } from "../pose";
 import { ABSENT, type SplatScene } from "../scene";
@@ -78,5 +79,5 @@ const reply = (r: RasterReply, transfer: Transferable[] = []) => self.postMessag
 
 let queue: Promise<void> = Promise.resolve();
 self.onmessage = (event: MessageEvent<RasterRequest>) => {
-  queue = queue.then(() => answer(event.data)).catch((why: unknown) => reply({ type: "error", message: why instanceof Error ? why.message : String(why) }));
+  queue = queue.then(() => answer(event.data)).catch((why: unknown) => reply({ type: "error", message: reasonOf(why) }));
 };

@@ -74,10 +74,7 @@ export function bench(engine) {
       changes.at = performance.now();
       while (changes.same < 4 || performance.now() - changes.at < quiet) await next();
       if (engine.own) engine.draw();
-      const bytes = new Uint8Array(read().buffer);
-      let text = "";
-      for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192));
-      return [engine.canvas.width, engine.canvas.height, btoa(text)];
+      return [engine.canvas.width, engine.canvas.height, base64(new Uint8Array(read().buffer))];
     },
   });
   // What the page is to open, where it says so.
@@ -85,6 +82,11 @@ export function bench(engine) {
   return api;
 }
 
+export function base64(bytes) {
+  let text = "";
+  for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192));
+  return btoa(text);
+}
 /** Camera-to-world in the axes of WebGL (y up, looking along -z), column-major. */
 export function toWorldGl({ worldToCam: w }) {
   const t = [0, 1, 2].map((j) => -(w[j] * w[3] + w[4 + j] * w[7] + w[8 + j] * w[11]));

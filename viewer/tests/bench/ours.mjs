@@ -1,6 +1,6 @@
 /** Our page, as it comes from the server, under the protocol of harness.mjs. */
 import { WasmRaster } from "../../src/wasm";
-import { bench, parameters } from "./harness.mjs";
+import { base64, bench, parameters } from "./harness.mjs";
 
 const app = window.splatkit, { stage } = app, { gl } = stage, backend = parameters.get("backend") ?? "auto";
 stage.setBackend(backend);
@@ -39,8 +39,6 @@ stage.frame = () => {
 window.bench.exact = async (wasm, view) => {
   const raster = await WasmRaster.load(Uint8Array.from(atob(wasm), (c) => c.charCodeAt(0)).buffer);
   raster.setScene(app.scene);
-  const { color } = raster.render(Float32Array.from(view.worldToCam), Float32Array.from(view.K), view.width, view.height, [0, 0, 0]), bytes = new Uint8Array(color.buffer, color.byteOffset, color.byteLength);
-  let text = "";
-  for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192));
-  return btoa(text);
+  const { color } = raster.render(Float32Array.from(view.worldToCam), Float32Array.from(view.K), view.width, view.height, [0, 0, 0]);
+  return base64(new Uint8Array(color.buffer, color.byteOffset, color.byteLength));
 };

@@ -35,6 +35,11 @@ def provenance(dry: bool, commit: str | None, peer: bool) -> dict:
             "gsplat": __import__("gsplat").__version__ if peer else None}
 
 
+def file_of(origin: dict) -> Path:
+    """Where the figures of its card are kept."""
+    return ROOT / "benchmarks" / f"gpu_{origin['card'].lower().replace(' ', '_')}.json"
+
+
 @functools.cache
 def garden(data: Path) -> tuple:
     """Points, their colours, and the mean distance of each to its three neighbours; poses and intrinsics of three photos, and their size. Where the file

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_bench import GROUPS, ROOT, Ours, Theirs, clock, dense, peak_bytes, pixel_pair, provenance
+from gpu_bench import GROUPS, ROOT, Ours, Theirs, clock, dense, file_of, peak_bytes, pixel_pair, provenance
 
 from splatkit import native
 from splatkit.camera import Cameras
@@ -310,7 +310,7 @@ def main() -> None:
     if not args.dry and (why := native.available()["cuda"]):
         sys.exit(f"gpu_check.py: {why}")
     origin = provenance(args.dry, args.commit, bench.peer)
-    out = args.out or (None if args.dry else ROOT / "benchmarks" / f"gpu_{origin['card'].lower().replace(' ', '_')}.json")
+    out = args.out or (None if args.dry else file_of(origin))
     result = json.loads(out.read_text()) if out and out.exists() else {}
     for name in args.parts or PARTS:
         start = time.monotonic()

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gpu_bench import dense, provenance
+from gpu_bench import ROOT, dense, file_of, provenance
 
 from splatkit import config as configs
 from splatkit import native
@@ -39,10 +39,10 @@ from splatkit.metrics import l1_ssim, psnr
 from splatkit.optim import exponential_decay
 from splatkit.paths import estimate_up, focus
 from splatkit.raster import render
+from splatkit.reconstruct import extent_of
 from splatkit.scene import Scene
 from splatkit.views import raster_settings, views_of
 
-ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ("plush", "banana")
 
 
@@ -198,20 +198,14 @@ def schedule(args) -> Reconstruct:
                                adc=dataclasses.replace(config.adc, start=scaled(500), every=args.every, reset_every=0))
 
 
-def extent_of(views: list[View]) -> float:
-    """1.1 times the largest distance of a camera from their mean, as reconstruct has it."""
-    centres = torch.cat([view.camera.centres for view in views])
-    return 1.1 * float((centres - centres.mean(0)).norm(dim=1).max())
-
-
 def photo_case(name: str, config: Reconstruct) -> Case:
     """A capture at full resolution."""
     config = dataclasses.replace(config, data=config.data / name)
     views = views_of(config, lambda line: print(line, flush=True))
     train, held = views.capture.split(config.hold_every)
     seen = lambda chosen: [View(place, views.camera(i), views.image(i), views.mask(i)) for place, i in enumerate(chosen)]
-    first = first_scene(views.capture, train, config, print).to(views.device)
-    return Case(config, first, extent_of(seen_ := seen(train)), seen_, seen(held))
+    first, trained_on = first_scene(views.capture, train, config, print).to(views.device), seen(train)
+    return Case(config, first, extent_of([view.camera for view in trained_on]), trained_on, seen(held))
 
 
 @torch.no_grad()
@@ -235,7 +229,7 @@ def teacher_case(config: Reconstruct, gaussians: int, count: int, start: int, wi
     views = [View(k, camera, render(on_device, camera).color[0].clamp(0, 1)) for k, camera in enumerate(poses)]
     held = views[::config.hold_every]
     train = [dataclasses.replace(view, place=place) for place, view in enumerate(view for k, view in enumerate(views) if k % config.hold_every)]
-    extent, rows = extent_of(train), torch.randperm(len(teacher), generator=g)[:start]
+    extent, rows = extent_of([view.camera for view in train]), torch.randperm(len(teacher), generator=g)[:start]
     points = teacher.means[rows] + 0.01 * extent * torch.randn(len(rows), 3, generator=g)
     rgb = (0.5 + SH_CONSTANT * teacher.sh[rows, 0]).clamp(0, 1)
     return Case(config, from_points(points, rgb, config.sh_degree, *KINDS[config.densification].first(config)).to(device), extent, train, held)
@@ -346,7 +340,7 @@ def main() -> None:
         sys.exit(f"gpu_train.py: {why}")
     rasterization = peer(args.dry)
     origin = provenance(args.dry, args.commit, rasterization is not None)
-    out = args.out or (None if args.dry else ROOT / "benchmarks" / f"gpu_{origin['card'].lower().replace(' ', '_')}.json")
+    out = args.out or (None if args.dry else file_of(origin))
     trainers = {"ours": Ours} | ({"gsplat": lambda case: Theirs(case, rasterization)} if rasterization else {})
     cases: dict[str, Case | None] = {}
     took: dict[str, float] = {}

@@ -108,7 +108,7 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
     place = {photo: k for k, photo in enumerate(train)}
     view = functools.lru_cache(max(1, _cache_bytes(views.device) // bytes_per_photo))(
         lambda i: View(place[i], cameras[i], views.image(i), views.mask(i), views.depth(i, config.depth.source)))
-    settings, extent, background = raster_settings(config), _extent(cameras), torch.tensor(config.background, device=views.device)
+    settings, extent, background = raster_settings(config), extent_of(list(cameras.values())), torch.tensor(config.background, device=views.device)
     up, source = tuple(estimate_up(Cameras.cat([c.replace(width=1, height=1) for c in cameras.values()])).tolist()), config.data.resolve().name
     made_with = {"config": configs.to_yaml(dataclasses.replace(config, data=Path(), output=Path(), init=None, resume=False)),
                  "photos": [views.capture.photos[i].name for i in train], "device": views.device}
@@ -207,7 +207,7 @@ def _cache_bytes(device: str) -> int:
     return torch.cuda.mem_get_info()[0] // 3 if device == "cuda" else PHOTO_CACHE_BYTES
 
 
-def _extent(cameras: dict[int, Cameras]) -> float:
+def extent_of(cameras: list[Cameras]) -> float:
     """1.1 times the largest distance of a camera from their mean, world units (Kerbl et al. 2023)."""
-    centres = torch.cat([c.centres for c in cameras.values()])
+    centres = torch.cat([c.centres for c in cameras])
     return 1.1 * float((centres - centres.mean(0)).norm(dim=1).max()) or 1.0

@@ -61,7 +61,9 @@ class Client:
     async def send(self) -> None:
         """Sends whatever is new, until it is cancelled or the socket ends."""
         while True:
-            await self.poked.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WANTED_SECONDS / 2):     # copies may come seldomer than WANTED_SECONDS; that they are wanted must not lapse in between
+                    await self.poked.wait()
             self.poked.clear()
             if (shown := self.shown) is None or shown.state is None:
                 continue

@@ -18,7 +18,7 @@ from raw import Raw, joined
 from test_reconstruct import photos, settings  # noqa: F401 (a fixture)
 
 import splatkit
-from splatkit import Scene, io, page, wire
+from splatkit import Scene, clients, io, page, wire
 from splatkit.adc import grow_and_prune
 from splatkit.capture import SceneHeader
 from splatkit.cli import main
@@ -147,8 +147,8 @@ def test_an_empty_scene_has_a_manifest_and_no_chunk(two):
 
 
 def test_two_clients_get_the_whole_scene_at_once_and_a_third_later(two):
-    clients = [Page(two), Page(two, ("core", "features"))]
-    for client in (*clients, Page(two)):
+    pages = [Page(two), Page(two, ("core", "features"))]
+    for client in (*pages, Page(two)):
         client.take_all()
         assert {plane for plane, _ in client.chunks} == set(client.planes)
         assert client.chunks["core", 1][1] == get(two, "/api/scene/0/chunk/1/core")[2]
@@ -372,6 +372,21 @@ def test_no_copy_is_made_while_nobody_looks(steps):
         time.sleep(0.01)
     assert run.live.due()
     client.raw.close()
+
+
+def test_a_page_that_has_all_keeps_the_run_handing_copies_over_however_seldom_they_come(steps, monkeypatch):
+    monkeypatch.setattr(clients, "WANTED_SECONDS", 0.4)
+    run = steps(scene_of(50, 0))
+    client = Page(run.viewer)
+    client.take_all()
+    time.sleep(1.0)         # nothing is said in that time
+    assert time.monotonic() < run.shown.wanted
+    client.raw.close()
+    end = time.monotonic() + 5
+    while run.viewer.clients and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.6)
+    assert time.monotonic() > run.shown.wanted
 
 
 def test_copies_take_no_more_than_their_share_of_the_time():

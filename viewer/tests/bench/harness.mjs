@@ -2,7 +2,7 @@
 
 const task = () => new Promise((done) => requestAnimationFrame(done));
 
-/** `engine`: canvas, gl(), load(url) -> a promise, pose(view), draw(): one frame onto the canvas. Where `own` it also draws when it must and calls `look` then; count() says how often it drew. */
+/** `engine`: canvas, gl(), load(url) -> a promise, pose(view), draw(): one frame onto the canvas. Where `own` it also draws when it must and calls `look` then, and frame() waits for a whole picture of its pose. */
 export function bench(engine) {
   const changes = { at: 0, same: 0, frames: 0, hash: 0 };
   let loaded = 0, blank = 0;
@@ -53,9 +53,8 @@ export function bench(engine) {
       }
       return { ms: changes.at, clock: performance.timeOrigin + changes.at, frames: changes.frames };
     },
-    /** Draws `n` frames of the views in turn, each waited for; how many the engine drew. */
+    /** Draws `n` frames of the views in turn, each waited for. */
     async frames(views, n) {
-      const before = engine.count ? engine.count() : 0;
       for (let i = 0; i < n; i++) {
         engine.pose(views[i % views.length]);
         if (engine.frame) await engine.frame();
@@ -65,7 +64,6 @@ export function bench(engine) {
         }
         wait();
       }
-      return engine.count ? engine.count() - before : n;
     },
     /** The canvas once it no longer changes: [width, height, base64 of RGBA rows, bottom row first]. */
     async picture(view, quiet) {

@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `splatkit ARGV`. Exit codes: 0 done, 1 doctor found nothing to render with, 2 wrong input (one line on stderr), 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     verb, *rest = argv or ["--help"]
+    # torch's threads would wait for their next work in a loop, on the cores that the rasterizer's threads need. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if verb in ("-h", "--help", "--version"):
         print(f"splatkit {__version__}" if verb == "--version" else _help())
         return 0

@@ -11,7 +11,7 @@ from ..errors import BadFile
 from ..header import SceneHeader
 from .atomic import replacing
 from .fields import SH_C0, Fields, count_of, empty, finished, rows
-from .packing import LOGITS, morton_order, opacities, to_bytes, unit_quats, with_largest, without_largest
+from .packing import LOGITS, morton_order, opacity_bytes, unit_quats, with_largest, without_largest
 from .ply_header import PlyHeader, comment_lines, header_bytes, numbered, rest_size
 from .reading import Report, exactly, silent
 
@@ -78,7 +78,7 @@ def _unpack(out: Fields, packed: Array, ranges: Array, coefficients: Array | Non
     others = (np.stack([packed[:, 1] >> s & 1023 for s in (20, 10, 0)], axis=1) / 1023 - 0.5) * np.sqrt(2)
     out["quats"][:] = with_largest(packed[:, 1] >> 30, others)
     if coefficients is not None:
-        out["sh"][:, 1:] = _COEFFICIENTS[coefficients].reshape(n, 3, -1).transpose(0, 2, 1)
+        out["sh"][:, 1:] = _COEFFICIENTS[coefficients].reshape(n, 3, coefficients.shape[1] // 3).transpose(0, 2, 1)
 
 
 def write(path: str | os.PathLike, fields: Fields, header: SceneHeader, report: Report = silent) -> None:
@@ -118,8 +118,8 @@ def _pack(f: Fields) -> tuple[Array, Array, Array]:
     largest, others = without_largest(unit_quats(f["quats"]))
     shares = np.clip(others / np.sqrt(2) + 0.5, 0, 1)
     packed[:, 1] = largest.astype(np.uint32) << 30 | step(shares[:, 0], 10) << 20 | step(shares[:, 1], 10) << 10 | step(shares[:, 2], 10)
-    packed[:, 3] = (step(t[:, 6], 8) << 24 | step(t[:, 7], 8) << 16 | step(t[:, 8], 8) << 8 | to_bytes(opacities(f["logit_opacities"])))
-    coefficients = np.clip(np.floor(f["sh"][:, 1:] * 32 + 128), 0, 255).astype(np.uint8).transpose(0, 2, 1).reshape(n, -1)
+    packed[:, 3] = (step(t[:, 6], 8) << 24 | step(t[:, 7], 8) << 16 | step(t[:, 8], 8) << 8 | opacity_bytes(f["logit_opacities"]))
+    coefficients = np.clip(np.floor(f["sh"][:, 1:] * 32 + 128), 0, 255).astype(np.uint8).transpose(0, 2, 1).reshape(n, 3 * (f["sh"].shape[1] - 1))
     return ranges, packed, np.ascontiguousarray(coefficients)
 
 

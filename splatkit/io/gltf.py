@@ -24,7 +24,7 @@ from .reading import Report, read_bytes, silent, strict_json
 from .turning import moved
 
 EXTENSION = "KHR_gaussian_splatting"
-DEPTH_MAX = 64                      # of nodes in nodes
+DEPTH_MAX, NODES_MAX = 64, 10_000   # of nodes in nodes
 _JSON, _BIN = 0x4E4F534A, 0x004E4942
 _TYPES = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5126: "<f4"}
 _SIZES = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
@@ -114,11 +114,11 @@ class _File:
             roots = self.indices("scenes.nodes", scene.get("nodes"))
         else:
             roots = list(range(len(self.known["nodes"]))) if isinstance(self.known.get("nodes"), list) else []
-        found, stack, steps = [], [(i, np.eye(4), 0) for i in roots], 0
+        found, stack, steps = [], [(i, np.eye(4), 0) for i in reversed(roots)], 0
         while stack:
-            index, parent, depth = stack.pop(0)
+            index, parent, depth = stack.pop()
             steps += 1
-            if depth > DEPTH_MAX or steps > 100_000:
+            if depth > DEPTH_MAX or steps > NODES_MAX:
                 raise BadFile(self.path, "nodes", "nodes hold one another, or are too many")
             node = self.item("nodes", index)
             matrix = parent @ self._matrix(index, node)
@@ -128,7 +128,7 @@ class _File:
                     extensions = primitive.get("extensions") if isinstance(primitive, dict) else None
                     if isinstance(extensions, dict) and isinstance(extensions.get(EXTENSION), dict):
                         found.append((primitive, matrix))
-            stack += [(i, matrix, depth + 1) for i in self.indices("nodes.children", node.get("children"))]
+            stack += [(i, matrix, depth + 1) for i in reversed(self.indices("nodes.children", node.get("children")))]
         return found
 
     def _matrix(self, index: int, node: dict) -> Array:

@@ -11,7 +11,7 @@ from ..errors import BadFile
 from ..header import SceneHeader
 from .atomic import replacing
 from .fields import SH_C0, Fields, count_of, degree_of, empty, finished, rows
-from .packing import COLOUR_BYTES, LOGITS, half_step, log_of_scales, morton_order, opacities, to_bytes, unit_quats
+from .packing import COLOUR_BYTES, LOGITS, half_step, log_of_scales, morton_order, opacity_bytes, to_bytes, unit_quats
 from .reading import Report, exactly, opened, silent, size_of
 
 HEADER, SECTION = 4096, 1024        # bytes
@@ -35,7 +35,7 @@ def read(path: str | os.PathLike, report: Report = silent) -> tuple[Fields, Scen
     with opened(path) as file:
         head = exactly(path, file, HEADER)
         major, minor, sections, _, n, _, level = struct.unpack_from("<BB2xIIIIH", head)
-        low, high = np.frombuffer(head, "<f4", 2, 36)
+        low, high = struct.unpack_from("<ff", head, 36)
         if (major, minor) != (0, 1):
             raise BadFile(path, "byte 0", f"KSPLAT version {major}.{minor}; 0.1 is known, or it is no .ksplat")
         if level > 2:
@@ -97,7 +97,7 @@ class _Section:
             rest = records["rest"].astype(np.float32)
             if self.level == 2:
                 rest = rest / 255 * (limits[1] - limits[0]) + limits[0]
-            out["sh"][:, 1:(self.degree + 1) ** 2] = rest[:, _PLACES[self.degree]].reshape(self.n, -1, 3)
+            out["sh"][:, 1:(self.degree + 1) ** 2] = rest[:, _PLACES[self.degree]].reshape(self.n, (self.degree + 1) ** 2 - 1, 3)
 
 
 def write(path: str | os.PathLike, fields: Fields, header: SceneHeader, report: Report = silent, level: int = 1) -> None:
@@ -111,7 +111,7 @@ def write(path: str | os.PathLike, fields: Fields, header: SceneHeader, report: 
     lengths, centres, block = np.zeros(0, "<u4"), np.zeros((0, 3), "<f4"), BLOCK
     if level and n:
         fields, lengths, centres, block = _bucketed(fields)
-    rest = fields["sh"][:, 1:(degree + 1) ** 2].reshape(n, -1)
+    rest = fields["sh"][:, 1:(degree + 1) ** 2].reshape(n, _COEFFICIENTS[degree])
     low, high = (float(rest.min()), float(rest.max())) if rest.size else (-SH_RANGE, SH_RANGE)
     low, high = low if low else -1e-6, high if high > low and high else max(low, 0) + 1e-6     # 0 would mean the default
     records = np.zeros(n, _record(level, degree))
@@ -130,7 +130,7 @@ def write(path: str | os.PathLike, fields: Fields, header: SceneHeader, report: 
             placed[:, _PLACES[degree]] = rest
             records["rest"] = np.rint((placed - low) / (high - low) * 255) if level == 2 else np.clip(placed, -largest, largest)
     records["colour"] = to_bytes(fields["sh"][:, 0] * np.float32(SH_C0) + np.float32(0.5))
-    records["opacity"] = to_bytes(opacities(fields["logit_opacities"]))
+    records["opacity"] = opacity_bytes(fields["logit_opacities"])
     head = struct.pack("<BBxxIIIIHxx3fff", 0, 1, 1, 1, n, n, level, *np.zeros(3), low, high)
     size = records.nbytes + lengths.nbytes + centres.nbytes
     section = struct.pack("<IIIIfHxxIIIIH", n, n, *((BUCKET, len(lengths), block, 12, RANGE, size & 0xFFFFFFFF, 0, len(lengths)) if level else (0, 0, 0, 0, 0, size & 0xFFFFFFFF, 0, 0)),

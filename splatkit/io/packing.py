@@ -23,6 +23,14 @@ def opacities(logits: Array) -> Array:
     return np.where(logits >= 0, 1, half) / (1 + half)
 
 
+def opacity_bytes(logits: Array) -> Array:
+    """Opacities in steps of 1/255. What LOGITS says of a byte becomes that byte again, the first and the last too."""
+    steps = to_bytes(opacities(logits))
+    steps[logits <= LOGITS[0] + 1e-4] = 0
+    steps[logits >= LOGITS[255] - 1e-4] = 255
+    return steps
+
+
 def to_bytes(x: Array) -> Array:
     """x in steps of 1/255, rounded; what is outside 0 to 1 becomes the nearest of them."""
     return np.clip(np.rint(x * 255), 0, 255).astype(np.uint8)

@@ -15,7 +15,7 @@ from ..errors import BadFile
 from ..header import SceneHeader
 from . import compressed_ply
 from .atomic import replacing
-from .fields import Fields, Stream, count_of, degree_of, empty, finite_rows, finished, refuse_if_many, rows
+from .fields import Fields, Stream, count_of, degree_of, empty, finished, finite_rows, refuse_if_many, rows
 from .ply_header import Element, PlyHeader, comment_lines, group_size, header_bytes, numbered, read_header, rest_size
 from .reading import Report, opened, silent, size_of
 

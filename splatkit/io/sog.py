@@ -24,12 +24,13 @@ from . import codebook
 from .atomic import replacing
 from .fields import Fields, count_of, degree_of, empty, finished, rows
 from .inflating import plausible
-from .packing import LOGITS, morton_order, opacities, to_bytes, unit_quats, with_largest, without_largest
+from .packing import LOGITS, morton_order, opacity_bytes, unit_quats, with_largest, without_largest
 from .reading import Report, exactly, opened, read_bytes, silent, size_of, strict_json
 
 META = "meta.json"
 META_MAX = 1 << 20
 PALETTE_MAX = 65536         # a label has 16 bits
+COUNT_MAX = 170_000_000     # Pillow refuses pictures a little larger
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,60}\.webp")     # no folder can be in it
 _BANDS = {1: 3, 2: 8, 3: 15}
 _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError, ValueError, LookupError, OverflowError, struct.error)
@@ -115,7 +116,7 @@ class _Meta:
         self.path, self.known = path, known
         if known.get("version") != 2:
             raise BadFile(path, f"{META}, version", f"{known.get('version')!r:.40}; SOG version 2 is read")
-        self.count = self._whole(known, "count", 2 ** 28)
+        self.count = self._whole(known, "count", COUNT_MAX)
         self.antialias = known.get("antialias") is True
         rest = known.get("shN")
         self.degree = 0 if rest is None else self._whole(self._object("shN"), "bands", 3)
@@ -167,7 +168,7 @@ def _picture(path, name: str, entry: Entry, n: int, channels: int, exact: tuple[
             if getattr(image, "n_frames", 1) != 1:
                 raise BadFile(path, where, "is an animation")
             pixels = np.asarray(image.convert("RGBA"))
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as e:
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as e:
         raise BadFile(path, where, f"not a WebP that can be decoded: {e}"[:200]) from e
     flat = pixels.reshape(-1, 4)
     return (flat if exact else flat[:n])[:, :channels]
@@ -177,11 +178,11 @@ def write(path: str | os.PathLike, fields: Fields, header: SceneHeader, report: 
     """Writes the rows in Morton order, to a .sog or, for a path that ends in meta.json, into its folder. 16 bits a coordinate, in steps that grow with the distance from 0;
     scales and colours from 256 values each, opacities in 8 bits, rotations in 8 bits, SH of degree 1 and more from at most 65,536 vectors.
 
-    Of the header, only antialias has room. Raises ValueError for a scene that is empty or above 16383^2 Gaussians, OSError.
+    Of the header, only antialias has room. Raises ValueError for a scene that is empty or above COUNT_MAX Gaussians, OSError.
     """
     n, degree = count_of(fields), degree_of(fields)
-    if not 0 < n <= 16383 ** 2:
-        raise ValueError(f"{path}: {n} Gaussians; SOG holds 1 to {16383 ** 2}")
+    if not 0 < n <= COUNT_MAX:
+        raise ValueError(f"{path}: {n} Gaussians; SOG holds 1 to {COUNT_MAX} here")
     f = rows(fields, morton_order(fields["means"]))
     width = max(4, math.ceil(math.sqrt(n) / 4) * 4)
     shape = (math.ceil(n / width / 4) * 4, width)
@@ -195,7 +196,7 @@ def write(path: str | os.PathLike, fields: Fields, header: SceneHeader, report: 
     opaque = np.full((n, 1), 255, np.uint8)
     pictures = {"means_l": np.concatenate([steps & 255, opaque], axis=1), "means_u": np.concatenate([steps >> 8, opaque], axis=1),
                 "quats": np.concatenate([quats, 252 + largest[:, None]], axis=1), "scales": np.concatenate([scales, opaque], axis=1),
-                "sh0": np.concatenate([colours, to_bytes(opacities(f["logit_opacities"]))[:, None]], axis=1)}
+                "sh0": np.concatenate([colours, opacity_bytes(f["logit_opacities"])[:, None]], axis=1)}
     files = {name: _webp(pixels, shape) for name, pixels in pictures.items()}
     meta = {"version": 2, "count": n, "antialias": bool(header.settings.get("antialias")),
             "means": {"mins": low.tolist(), "maxs": np.where(high > low, high, low + 1).tolist(), "files": ["means_l.webp", "means_u.webp"]},

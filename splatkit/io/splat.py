@@ -11,7 +11,7 @@ from ..errors import BadFile
 from ..header import SceneHeader
 from .atomic import replacing
 from .fields import SH_C0, Fields, Stream, count_of, degree_of, empty, finite_rows, refuse_if_many, rows
-from .packing import COLOUR_BYTES, LOGITS, log_of_scales, opacities, to_bytes, unit_quats
+from .packing import COLOUR_BYTES, LOGITS, log_of_scales, opacity_bytes, to_bytes, unit_quats
 from .reading import Report, opened, silent, size_of
 
 RECORD = np.dtype([("means", "<f4", 3), ("scales", "<f4", 3), ("colour", "u1", 3), ("opacity", "u1"), ("quats", "u1", 4)])
@@ -78,7 +78,7 @@ def write_stream(path: str | os.PathLike, stream: Stream) -> int:
             records["means"], records["colour"] = f["means"], to_bytes(f["sh"][:, 0] * np.float32(SH_C0) + np.float32(0.5))
             with np.errstate(over="ignore"):
                 records["scales"] = np.minimum(np.exp(f["log_scales"]), np.finfo(np.float32).max)
-            records["opacity"] = to_bytes(opacities(f["logit_opacities"]))
+            records["opacity"] = opacity_bytes(f["logit_opacities"])
             records["quats"] = np.clip(np.rint(unit_quats(f["quats"]) * 128 + 128), 0, 255)
             file.write(records.data)
             written += len(records)

@@ -15,7 +15,7 @@ from ..header import SceneHeader
 from .atomic import replacing
 from .fields import Fields, count_of, degree_of, empty, finished
 from .inflating import DEFLATE_MAX, Gunzip, plausible, unzstd
-from .packing import LOGITS, opacities, to_bytes, unit_quats, with_largest, without_largest
+from .packing import LOGITS, opacity_bytes, to_bytes, unit_quats, with_largest, without_largest
 from .reading import Report, read_bytes, silent
 
 MAGIC = b"NGSP"
@@ -169,7 +169,7 @@ def write(path: str | os.PathLike, fields: Fields, header: SceneHeader, report: 
     bits = max(0, min(24, fits, max(12, 16 - math.floor(math.log2(max(farthest, 2.0 ** -30))))))
     n, degree = count_of(fields), degree_of(fields)
     flags = _ANTIALIASED if header.settings.get("antialias") else 0
-    planes = [p for p in _packed(fields, bits, version) if p.size]
+    planes = [np.ascontiguousarray(p) for p in _packed(fields, bits, version) if p.size]
     head = struct.pack("<4sIIBBBB", MAGIC, version, n, degree, bits, flags, len(planes) if version == 4 else 0)
     with replacing(path) as file:
         if version == 4:
@@ -188,7 +188,7 @@ def write(path: str | os.PathLike, fields: Fields, header: SceneHeader, report: 
 def _packed(f: Fields, bits: int, version: int) -> list[Array]:
     n, degree = count_of(f), degree_of(f)
     fixed = np.rint(f["means"].astype(np.float64) * (_TURN * 2.0 ** bits)).astype("<i4")
-    positions = np.ascontiguousarray(fixed.view(np.uint8).reshape(n, 3, 4)[:, :, :3])
+    positions = fixed.view(np.uint8).reshape(n, 3, 4)[:, :, :3]
     scales = np.clip(np.rint((f["log_scales"] + 10) * 16), 0, 255).astype(np.uint8)
     colours = to_bytes(f["sh"][:, 0] * np.float32(_COLOUR_SCALE) + np.float32(0.5))
     quats = unit_quats(f["quats"]) * np.array([1, 1, -1, -1], np.float32)
@@ -199,7 +199,7 @@ def _packed(f: Fields, bits: int, version: int) -> list[Array]:
         largest, others = without_largest(xyzw)
         size = np.minimum(np.rint(np.abs(others) * np.float32(511 * math.sqrt(2))), 511).astype(np.uint32) | (others < 0).astype(np.uint32) << 9
         rotations = (largest.astype(np.uint32) << 30 | size[:, 0] << 20 | size[:, 1] << 10 | size[:, 2]).astype("<u4")
-    planes = [positions, to_bytes(opacities(f["logit_opacities"])), colours, scales, rotations]
+    planes = [positions, opacity_bytes(f["logit_opacities"]), colours, scales, rotations]
     if degree:
         k = f["sh"].shape[1] - 1
         steps = np.array([1 << 8 - SH_BITS[0]] * 3 + [1 << 8 - SH_BITS[1]] * (k - 3), np.float32)[:, None]

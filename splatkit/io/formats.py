@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import BadFile
 from ..header import SceneHeader
 from . import compressed_ply, gltf, ksplat, ply, sog, splat, spz, tensors
-from .fields import Fields, degree_of
+from .fields import Fields, Stream, degree_of
 from .header import UNSAID
 from .reading import Report, silent
 
@@ -27,6 +27,8 @@ class Format:
     features: bool = False
     header: bool = False                # False: of it, at most that the scene is antialiased
     antialias: bool = True
+    read_stream: Callable[..., Stream | None] | None = None     # where rows can pass block by block; it gives None for a file that cannot
+    write_stream: Callable[..., int] | None = None
 
     def options(self) -> set[str]:
         """Names of what write() takes beyond the scene."""
@@ -34,9 +36,9 @@ class Format:
 
 
 FORMATS = (
-    Format("PLY", (".ply",), ply.read, ply.write, features=True, header=True),
+    Format("PLY", (".ply",), ply.read, ply.write, features=True, header=True, read_stream=ply.read_stream, write_stream=ply.write_stream),
     Format("compressed PLY", (".compressed.ply",), ply.read, compressed_ply.write, header=True),
-    Format("splat", (".splat",), splat.read, splat.write, 0, antialias=False),
+    Format("splat", (".splat",), splat.read, splat.write, 0, antialias=False, read_stream=splat.read_stream, write_stream=splat.write_stream),
     Format("SPZ", (".spz",), spz.read, spz.write),
     Format("KSPLAT", (".ksplat",), ksplat.read, ksplat.write, 2, antialias=False),
     Format("SOG", (".sog", sog.META), sog.read, sog.write),

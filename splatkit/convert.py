@@ -139,8 +139,7 @@ def convert(source: Path, target: Path, changes: Changes = Changes(), report: Re
 def _convert_stream(source: Path, target: Path, stream: Stream, again, writer: formats.Format, changes: Changes, report: Report) -> int:
     chosen = None
     if changes.max_gaussians:
-        weights = [weight(rows(f, changes.kept(f))) for f in stream.blocks]
-        weights = np.concatenate(weights) if weights else np.zeros(0)
+        weights = np.concatenate([np.zeros(0), *(weight(rows(f, changes.kept(f))) for f in stream.blocks)])
         if len(weights) > changes.max_gaussians:
             chosen = _most(weights, changes.max_gaussians)
         stream = again()        # what it says was said
@@ -164,6 +163,7 @@ def _convert_stream(source: Path, target: Path, stream: Stream, again, writer: f
             yield changes.of(f)
         _refuse_nothing(found, written)
     features = stream.features if writer.features else 0
+    assert writer.write_stream is not None
     return writer.write_stream(target, Stream(header, stream.count, degree, features, blocks()))
 
 

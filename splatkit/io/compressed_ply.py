@@ -34,6 +34,7 @@ def read(path: str | os.PathLike, file: BinaryIO, ply: PlyHeader, report: Report
     if ply.order != "<":
         raise BadFile(path, "format", "a compressed PLY is binary_little_endian")
     vertex, chunk, sh = ply.element("vertex"), ply.element("chunk"), ply.element("sh")
+    assert vertex is not None       # is_compressed() has seen it
     if chunk is None:
         raise BadFile(path, "header", "no element chunk: the ranges of the packed numbers are missing")
     n, chunks = vertex.count, -(-vertex.count // CHUNK)
@@ -91,7 +92,7 @@ def write(path: str | os.PathLike, fields: Fields, header: SceneHeader, report: 
     lines = [*comment_lines(header), f"element chunk {chunks}", *(f"property float {name}" for name in [*_RANGES, *_COLOURS]),
              f"element vertex {n}", *(f"property uint {name}" for name in _PACKED),
              *([f"element sh {n}", *(f"property uchar {name}" for name in numbered("f_rest", rest))] if rest else [])]
-    tables = [], [], []
+    tables: tuple[list[bytes], ...] = [], [], []
     for first in range(0, n, ROWS_AT_ONCE):
         for table, part in zip(tables, _pack(rows(fields, order[first:first + ROWS_AT_ONCE]))):
             table.append(part.tobytes())

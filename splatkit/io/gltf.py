@@ -250,7 +250,9 @@ def write(path: str | os.PathLike, fields: Fields, header: SceneHeader, report: 
     columns = {"POSITION": f["means"], f"{EXTENSION}:ROTATION": quats[:, [1, 2, 3, 0]], f"{EXTENSION}:SCALE": scales,
                f"{EXTENSION}:OPACITY": opacities(f["logit_opacities"].astype(np.float64))[:, None]}
     columns |= {f"{EXTENSION}:SH_DEGREE_{d}_COEF_{i}": f["sh"][:, d * d + i] for d in range(degree + 1) for i in range(2 * d + 1)}
-    accessors, views, at = [], [], 0
+    accessors: list[dict] = []
+    views: list[dict] = []
+    at = 0
     for column in columns.values():
         views.append({"buffer": 0, "byteOffset": at, "byteLength": 4 * column.size, "target": 34962})
         accessors.append({"bufferView": len(views) - 1, "componentType": 5126, "count": n, "type": {1: "SCALAR", 3: "VEC3", 4: "VEC4"}[column.shape[1]]})
@@ -259,15 +261,16 @@ def write(path: str | os.PathLike, fields: Fields, header: SceneHeader, report: 
         accessors[0] |= {"min": f["means"].min(axis=0).tolist(), "max": f["means"].max(axis=0).tolist()}
     described = {"kernel": "ellipse", "colorSpace": "srgb_rec709_display", "sortingMethod": "cameraDistance", "projection": "perspective"}
     primitive = {"attributes": {name: i for i, name in enumerate(columns)}, "mode": 0, "extensions": {EXTENSION: described}}
+    buffer: dict = {"byteLength": at}
     known = {"asset": {"version": "2.0", "generator": "splatkit", "extras": {"splatkit": to_json(header)}}, "extensionsUsed": [EXTENSION], "scene": 0,
              "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}], "meshes": [{"primitives": [primitive]}], "accessors": accessors, "bufferViews": views,
-             "buffers": [{"byteLength": at}]}
+             "buffers": [buffer]}
     pieces = lambda: (np.ascontiguousarray(column, "<f4").tobytes() for column in columns.values())
     if path.suffix.lower() == ".gltf":
         binary = path.with_suffix(".bin")
         if not _FILE.fullmatch(binary.name):
             raise ValueError(f"{path}: expected a file name of letters, digits, spaces, dots, dashes; or write a .glb")
-        known["buffers"][0]["uri"] = binary.name
+        buffer["uri"] = binary.name
         with replacing(binary) as file:
             file.writelines(pieces())
         with replacing(path) as file:

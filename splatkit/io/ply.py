@@ -17,7 +17,7 @@ from . import compressed_ply
 from .atomic import replacing
 from .fields import Fields, Stream, count_of, degree_of, empty, finished, finite_rows, refuse_if_many, rows
 from .ply_header import Element, PlyHeader, comment_lines, group_size, header_bytes, numbered, read_header, rest_size
-from .reading import Report, opened, silent, size_of
+from .reading import Report, exactly, opened, silent, size_of
 
 ROWS_AT_ONCE = 2048         # a block of rows stays in the cache while its columns are picked
 STREAM_ROWS = 16 * ROWS_AT_ONCE
@@ -153,7 +153,7 @@ class _Layout:
     def fill(self, fields: Fields, first: int, records: Array) -> None:
         """Rows from `first` on. A double beyond float32 becomes an infinity, so that its row is dropped."""
         n, width = len(records), len(self.vertex.types)
-        if all(t == np.dtype("f4") for t, *_ in records.dtype.fields.values()):
+        if records.dtype == np.dtype([(name, "f4") for name in self.vertex.types]):
             table = records.view(np.float32).reshape(n, width)
         else:
             table = np.empty((n, width), np.float32)
@@ -182,6 +182,18 @@ def _layout(path, ply: PlyHeader) -> _Layout:
     columns = {field: np.array([number[name] for name in names]) for field, names in sources.items()}
     order = "<" if ply.order == "=" else ply.order
     return _Layout(vertex, vertex.dtype(order), {0: 0, 9: 1, 24: 2, 45: 3}[rest], features, columns)
+
+
+def vertex_records(path, file: BinaryIO, ply: PlyHeader) -> Array:
+    """The rows of element `vertex`, which has no list, as a structured array with one field per property. Raises BadFile."""
+    ply.require_data(path, file)
+    vertex = ply.element("vertex")
+    assert vertex is not None
+    if ply.order == "=":
+        return _ascii_records(path, file, ply, vertex)
+    file.seek(ply.offset(path, "vertex"))
+    dtype = vertex.dtype(ply.order)
+    return np.frombuffer(exactly(path, file, vertex.count * dtype.itemsize), dtype)
 
 
 def _ascii_records(path, file: BinaryIO, ply: PlyHeader, vertex: Element) -> Array:

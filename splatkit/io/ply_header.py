@@ -116,7 +116,8 @@ def rest_size(path, element: Element) -> int:
 
 
 def _parse(path, text: bytes) -> tuple[str, list[Element], list[str]]:
-    order, elements, comments = None, [], []
+    order, comments = None, []
+    elements: list[Element] = []
     for number, line in enumerate(text.decode("latin-1").split("\n")[1:], start=2):
         words, where = line.split(), f"line {number}"
         match words:

@@ -118,8 +118,8 @@ class _Meta:
             raise BadFile(path, f"{META}, version", f"{known.get('version')!r:.40}; SOG version 2 is read")
         self.count = self._whole(known, "count", COUNT_MAX)
         self.antialias = known.get("antialias") is True
-        rest = known.get("shN")
-        self.degree = 0 if rest is None else self._whole(self._object("shN"), "bands", 3)
+        rest = self._object("shN") if known.get("shN") is not None else {"bands": 0}
+        self.degree = self._whole(rest, "bands", 3)
         self.palette = self._whole(rest, "count", PALETTE_MAX) if self.degree else 0
 
     def _object(self, name: str) -> dict:

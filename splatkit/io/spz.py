@@ -114,8 +114,8 @@ def _version_4(path, data: bytes) -> tuple[_Header, list[Array]]:
             raise BadFile(path, f"byte {at}", f"the stream claims {unpacked} bytes; {size} expected for {header.n} Gaussians")
         streams.append(unzstd(path, f"byte {at}", data[at:at + packed], size))
         at += packed
-    streams = iter(streams)
-    return header, [header.plane(next(streams) if header.n * width else b"", i) for i, width in enumerate(header.widths)]
+    following = iter(streams)
+    return header, [header.plane(next(following) if header.n * width else b"", i) for i, width in enumerate(header.widths)]
 
 
 def _refuse_other_axes(path, records: bytes) -> None:
@@ -145,7 +145,7 @@ def _unpacked(header: _Header, planes: list[Array]) -> Fields:
         word = np.ascontiguousarray(rotations).view("<u4")[:, 0]
         steps = np.stack([word >> s & 1023 for s in (20, 10, 0)], axis=1)
         table = np.concatenate([np.arange(512), -np.arange(512)]).astype(np.float32) * np.float32(math.sqrt(0.5) / 511)
-        xyzw = with_largest(word >> 30, table[steps]).T
+        xyzw = list(with_largest(word >> 30, table[steps]).T)
     for to, (component, sign) in enumerate(zip((xyzw[3], *xyzw[:3]), (1, 1, -1, -1))):
         np.multiply(component, np.float32(sign), out=fields["quats"][:, to])
     if header.degree:

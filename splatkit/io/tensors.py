@@ -22,7 +22,8 @@ _KINDS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 def write(path: str | os.PathLike, fields: Fields, header: SceneHeader, report: Report = silent) -> None:
     """Writes float32, every field in one piece. Raises OSError when the disk refuses."""
-    table, end = {"__metadata__": {"splatkit": to_json(header)}}, 0
+    table: dict[str, dict] = {"__metadata__": {"splatkit": to_json(header)}}
+    end = 0
     for name, value in fields.items():
         table[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [end, end + value.nbytes]}
         end += value.nbytes

@@ -34,6 +34,7 @@ import json, math, resource, sys, time, warnings
 warnings.simplefilter("ignore")
 import numpy as np
 READ
+print("ready", flush=True)
 for line in sys.stdin:
     start, base = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
@@ -50,11 +51,11 @@ READERS = {     # name: (what it opens, how it reads, what it means to raise)
     "splatkit": (r".*", "from splatkit.io import formats\nfrom splatkit.errors import BadFile\nread = lambda path: list(formats.read(path)[0].values())", "BadFile"),
     "plyfile": (r".*\.ply", "from plyfile import PlyData, PlyParseError\n"
                 "def read(path):\n    v = PlyData.read(path)['vertex'].data\n    return [v[n] for n in v.dtype.names]", "PlyParseError"),
-    "gsply": (r".*(\.ply|\.spz|\.sog)", "import gsply\n"
-              "def read(path):\n    d = gsply.plyread(path) if path.endswith('.ply') else getattr(gsply, 'sogread' if path.endswith('.sog') else 'spzread')(path)\n"
+    "gsply": (r"(?!cube_ascii).*(\.ply|\.spz)", "import gsply\n"
+              "def read(path):\n    d = gsply.plyread(path) if path.endswith('.ply') else gsply.read_spz(path)\n"
               "    return [np.asarray(getattr(d, n)) for n in ('means', 'scales', 'quats', 'opacities', 'sh0')]", "(ValueError, OSError)"),
     "Open3D tensor": (r".*(?<!compressed)(\.ply|\.splat|\.spz)", "import open3d as o3d\no3d.utility.set_verbosity_level(o3d.utility.VerbosityLevel.Error)\n"
-                      "def read(path):\n    p = o3d.t.io.read_point_cloud(path).point\n    return [p[n].numpy() for n in p]", "RuntimeError"),
+                      "def read(path):\n    p = o3d.t.io.read_point_cloud(path).point\n    return [p[n].numpy() for n in p] or [np.zeros(0)]", "RuntimeError"),
     "splat-transform": (r".*", None, None),
 }
 NODE = r'''
@@ -62,6 +63,7 @@ import { readFile, getInputFormat, MemoryReadFileSystem } from "@playcanvas/spla
 import fs from "fs"; import readline from "readline";
 console.log = console.warn = console.error = () => {};
 const peak = () => Number(/VmHWM:\s+(\d+)/.exec(fs.readFileSync("/proc/self/status", "utf8"))[1]);
+process.stdout.write("ready\n");
 for await (const path of readline.createInterface({ input: process.stdin })) {
   const base = peak();
   let said = "taken", n = 0;
@@ -84,14 +86,19 @@ class Worker:
     def __init__(self, command: list[str], folder: Path):
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder, bufsize=0,
                                         env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"})
+        if self.process.stdout.readline() != b"ready\n":
+            raise SystemExit(f"a reader does not start: {' '.join(command)[:300]}")
 
-    def read(self, path: Path) -> tuple[str, object, int]:
+    def read(self, path: Path, seconds: float = SECONDS_MAX) -> tuple[str, object, int]:
         self.process.stdin.write(f"{path}\n".encode())
-        deadline = time.monotonic() + SECONDS_MAX
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if select.select([self.process.stdout], [], [], 0.05)[0]:
                 line = self.process.stdout.readline()
-                return tuple(json.loads(line)) if line else ("crash", self.process.wait(), 0)
+                if not line:
+                    return "crash", self.process.wait(), 0
+                if line.startswith(b'["'):      # else something that a library prints
+                    return tuple(json.loads(line))
             if self.resident() > BYTES_KILLED:
                 return "over 1 GB", "killed at 3 GB", 0
         return "hang", None, 0
@@ -137,13 +144,19 @@ def tried(name: str, command: list[str], data: Path, count: int, seed: int, fold
             whole, suffix = (data / file).read_bytes(), "".join(Path(file).suffixes[-2:] if "compressed" in file else Path(file).suffixes[-1:])
             path = folder / f"m{suffix}"
             path.write_bytes(whole)
-            said, n, _ = worker.read(path)
+            said, n, _ = worker.read(path, 60)      # some compile themselves first
             if said != "taken":
                 print(f"{name}: {file} itself is {said} ({n})", file=sys.stderr)
                 total["good files not read"] += 1
-                if said in ("crash", "hang", "over 1 GB"):
-                    worker.end()
-                    worker = Worker(command, folder)
+
+            def again():
+                worker.end()
+                fresh = Worker(command, folder)
+                (folder / f"good{suffix}").write_bytes(whole)
+                fresh.read(folder / f"good{suffix}", 60)
+                return fresh
+            if said in ("crash", "hang", "over 1 GB"):
+                worker = again()
             for mutant in mutants(whole, count, seed * 1000 + number):
                 path.write_bytes(mutant)
                 said, what, grown = worker.read(path)
@@ -155,12 +168,8 @@ def tried(name: str, command: list[str], data: Path, count: int, seed: int, fold
                         said = "cut and taken"
                 total[said] += 1
                 total["files"] += 1
-                if ended:
-                    worker.end()
-                    worker = Worker(command, folder)
-                elif grown * 1024 > BYTES_MAX:      # what it holds now would hide the next one
-                    worker.end()
-                    worker = Worker(command, folder)
+                if ended or grown * 1024 > BYTES_MAX:       # what it holds now would hide the next one
+                    worker = again()
     finally:
         worker.end()
     return total

@@ -20,7 +20,7 @@ from splatkit.scene import Scene
 TETRAHEDRON = Surface(np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]), np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]]), np.array([[0.0, 0, 0], [1, 0, 0], [0, 0.5, 0], [0, 0, 1]]))
 
 
-def ball(n=6000) -> Scene:
+def ball(n=12000) -> Scene:
     """Opaque small Gaussians on the unit sphere, red where z > 0 and blue where not; and a few far away, which make an island."""
     i = torch.arange(n) + 0.5
     polar, around = torch.acos(1 - 2 * i / n), math.pi * (1 + 5 ** 0.5) * i
@@ -28,7 +28,7 @@ def ball(n=6000) -> Scene:
     colour = torch.where(means[:, 2:] > 0, torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 0, 1]))
     means = torch.cat([means, torch.tensor([[0.0, -1.4, 0.0]])])
     colour = torch.cat([colour, torch.tensor([[0.0, 1, 0]])])
-    return Scene(means, torch.tensor([[1.0, 0, 0, 0]]).repeat(n + 1, 1), torch.full((n + 1, 3), math.log(0.03)), torch.full((n + 1,), 6.0), ((colour - 0.5) / SH_C0)[:, None])
+    return Scene(means, torch.tensor([[1.0, 0, 0, 0]]).repeat(n + 1, 1), torch.full((n + 1, 3), math.log(0.016)), torch.full((n + 1,), 6.0), ((colour - 0.5) / SH_C0)[:, None])
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_scene_that_shows_no_surface_is_refused(cpu_library):
 def test_the_verb_writes_a_mesh_of_a_scene_file(tmp_path, capsys, monkeypatch, cpu_library):
     monkeypatch.setattr(looking, "ORBIT", (8, 120, 90))
     pytest.importorskip("open3d", reason="open3d (the extra mesh) is absent")
-    io.save(tmp_path / "s.ply", ball(2000))
+    io.save(tmp_path / "s.ply", ball())
     assert main(["mesh", str(tmp_path / "s.ply"), "-o", str(tmp_path / "m.glb"), "--voxel", "0.06"]) == 0
     assert "triangles" in capsys.readouterr().out and (tmp_path / "m.glb").read_bytes()[:4] == b"glTF"
 

@@ -1,6 +1,8 @@
 /** The line to `splatkit view`: scenes over HTTP and a socket, under a token that came in the address. A lost line is tried again, and nothing of the page is forgotten. */
 import { Emitter } from "./emitter";
 import { reasonOf } from "./errors";
+import type { Rgb } from "./mapping";
+import type { View } from "./pose";
 import { blankScene, type SplatScene } from "./scene";
 import { readManifest, readMessage, writeChunk, readHeat, type Manifest, type Plane } from "./wire";
 
@@ -56,8 +58,8 @@ export class Connection extends Emitter<ConnectionEvents> {
     super();
   }
 
-  async get(path: string): Promise<Response> {
-    const reply = await fetch(path, { headers: { Authorization: `Bearer ${this.token}` }, cache: "no-store" });
+  async get(path: string, body?: object): Promise<Response> {
+    const reply = await fetch(path, { headers: { Authorization: `Bearer ${this.token}` }, cache: "no-store", ...(body && { method: "POST", body: JSON.stringify(body) }) });
     if (!reply.ok) throw new Error(reply.status === 401 || reply.status === 403 ? "the server does not know this page's token; open the link that `splatkit view` printed" : `${path}: the server answered ${reply.status}`);
     return reply;
   }
@@ -67,6 +69,12 @@ export class Connection extends Emitter<ConnectionEvents> {
   }
   async photo(index: number): Promise<Blob> {
     return (await this.get(`/api/scene/${encodeURIComponent(this.sceneId)}/photo/${index}`)).blob();
+  }
+
+  /** PNG of the scene as the server has it, by the rasterizer that runs draw with. */
+  async frame(view: View, background: Rgb): Promise<Blob> {
+    const { width, height } = view, camera = { world_to_cam: Array.from(view.worldToCam), K: Array.from(view.K), width, height };
+    return (await this.get(`/api/scene/${encodeURIComponent(this.sceneId)}/frame`, { ...camera, background: Array.from(background) })).blob();
   }
 
   /** One heat channel of every Gaussian, by its place in the manifest's list. */

@@ -36,7 +36,7 @@ function start(): void {
     about.replaceChildren(...(line ? [dot] : []), [app.scene ? `${show(app.scene.count)} Gaussians, SH ${app.scene.shDegree}` : "no scene yet", step ? `step ${show(step)}` : "", state].filter(Boolean).join(" · "));
   };
   const compare = new Compare(app, (i) => (line ? line.photo(i) : Promise.reject(new Error("there is no server to fetch it from"))));
-  const cameras = camerasPanel(app, compare) as HTMLElement & { refresh(): void }, curves = curvesPanel(), path = pathPanel(app);
+  const cameras = camerasPanel(app, compare) as HTMLElement & { refresh(): void }, curves = curvesPanel(), path = pathPanel(app, (view, background) => (line ? line.frame(view, background) : null));
   const aside = h("aside", { className: "floating panel", "aria-label": "Settings" }, topBar(app, () => savePicture(app)), h("div", { className: "scroll" },
     viewsPanel(app, () => (line ? (manifest?.heat ?? []) : []), () => line?.want("features"), () => !!manifest?.features && !!line), cameras, curves.element, drawingPanel(app), measurePanel(app), editPanel(app, () => (line ? line.exact() : Promise.resolve(app.scene!))), path.element));
   document.body.append(title, aside);

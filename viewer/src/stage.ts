@@ -219,9 +219,9 @@ export class Stage {
 
   private async renderByWasm(view: View, key: string, scale: number): Promise<void> {
     this.rendering = true;
-    const s = this.shot(), look = s.look === "colour" || s.look === "alpha" ? "colour" : s.look === "depth" || s.look === "normal" ? s.look : "attribute";
+    const s = this.shot();
     try {
-      const p = await this.raster.render(smaller(view, scale), look, s.reading, s.background);
+      const p = await this.raster.render(smaller(view, scale), attributeOf(s.look), s.reading, s.background);
       this.drawn = { view, key, pixels: p.pixels, width: p.width, height: p.height };
       this.frameMs = p.ms;
       this.scale = Math.min(1, Math.max(0.3, scale * Math.sqrt(MOVING_MS / Math.max(p.ms, 1))));
@@ -247,13 +247,11 @@ export class Stage {
     return this.raster.weights(this.view(), x, y);
   }
 
-  /** A picture of another view or size: 8-bit pixels, top row first. */
-  async capture(view: View, shot: Shot = this.shot()): Promise<ImageData> {
+  /** A picture of another view or size: 8-bit pixels, top row first; `exact` by the WebAssembly rasterizer whatever draws. */
+  async capture(view: View, shot: Shot = this.shot(), exact = false): Promise<ImageData> {
     let pixels: Uint8ClampedArray<ArrayBuffer>;
-    if (this.backend === "wasm") {
-      const look = shot.look === "colour" || shot.look === "alpha" ? "colour" : shot.look === "depth" || shot.look === "normal" ? shot.look : "attribute";
-      pixels = (await this.raster.render(view, look, shot.reading, shot.background)).pixels;
-    } else {
+    if (exact || this.backend === "wasm") pixels = (await this.raster.render(view, attributeOf(shot.look), shot.reading, shot.background)).pixels;
+    else {
       if (!this.engine) throw new Error("the graphics context is lost; try again in a moment");
       pixels = await this.engine.capture(view, shot);
       this.invalidate();
@@ -270,6 +268,9 @@ export class Stage {
     return new ImageData(this.engine!.canvasPixels(width, height), width, height);
   }
 }
+
+/** What the WebAssembly rasterizer blends for a look. */
+const attributeOf = (look: Look) => (look === "colour" || look === "alpha" ? "colour" : look === "depth" || look === "normal" ? look : "attribute");
 
 function smaller(view: View, scale: number): View {
   if (scale === 1) return view;

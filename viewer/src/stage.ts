@@ -56,7 +56,8 @@ export class Stage {
 
   /** `view` says what is to be seen; `over` draws on top of it, `failed` gets what went wrong in a line. */
   constructor(readonly canvas: HTMLCanvasElement, private readonly view: () => View, private readonly over: (view: View) => void, private readonly failed: (message: string) => void) {
-    const gl = canvas.getContext("webgl2", { alpha: false, antialias: false, depth: true, powerPreference: "high-performance" });
+    this.raster.start(); // beside the graphics process, which is long in making a context
+    const gl = canvas.getContext("webgl2", { alpha: false, antialias: false, depth: false, powerPreference: "high-performance" });
     if (!gl) throw new Error("this browser offers no WebGL2, which the viewer draws with; try a current Firefox, Chrome, Edge or Safari");
     this.gl = gl;
     const info = gl.getExtension("WEBGL_debug_renderer_info");
@@ -107,7 +108,7 @@ export class Stage {
     this.changedRows();
   }
   update(first: number, last: number): void {
-    this.orders.update(this.scene!, first, last);
+    this.orders.update(first, last);
     this.raster.update(first, last);
     this.engine?.update(first, last);
     this.changedRows();

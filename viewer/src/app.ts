@@ -54,6 +54,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
   constructor(readonly canvas: HTMLCanvasElement) {
     super();
     this.stage = new Stage(canvas, () => this.view(), (view) => this.over(view), (text) => this.say(text, "error", "stage"));
+    document.documentElement.classList.toggle("software", this.stage.software);
     this.overlay = new Overlay(canvas, this.stage.gl);
     this.controls = new Controls(canvas, this);
     new ResizeObserver(() => this.stage.invalidate()).observe(canvas);

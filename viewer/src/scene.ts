@@ -54,9 +54,9 @@ export function blankScene(count: number, shDegree: 0 | 1 | 2 | 3, header: Scene
   };
 }
 
-/** Where most of the opacity is: the weighted median of the means and the radius that holds 4/5 of it; a sample of at most 10,000 rows. */
+/** Where most of the opacity is: the weighted median of the means and the radius that holds 4/5 of it; a sample of at most 4,000 rows. */
 export function whereabouts(scene: SplatScene): { centre: [number, number, number]; radius: number } {
-  const every = Math.max(1, Math.ceil(scene.count / 10_000)), rows: number[] = [];
+  const every = Math.max(1, Math.ceil(scene.count / 4000)), rows: number[] = [];
   for (let i = 0; i < scene.count; i += every) if (scene.logitOpacities[i]! > ABSENT && finite(scene.means, i)) rows.push(i);
   if (!rows.length) return { centre: [0, 0, 0], radius: 1 };
   const weights = rows.map((i) => 1 / (1 + Math.exp(-scene.logitOpacities[i]!))), total = weights.reduce((sum, w) => sum + w, 0);

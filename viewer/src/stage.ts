@@ -106,6 +106,12 @@ export class Stage {
     this.broken = false;
     this.timed = 0;
     this.changedRows();
+    queueMicrotask(() => this.begin()); // once the camera stands
+  }
+  /** Has WebAssembly draw without waiting for the browser's next frame, which comes late while a page is young. */
+  private begin(): void {
+    const view = this.view();
+    if (this.backend === "wasm" && !this.rendering && view.width > 1 && this.scene?.count) void this.renderByWasm(view, this.key(), 1);
   }
   update(first: number, last: number): void {
     this.orders.update(first, last);

@@ -77,13 +77,13 @@ export class Connection extends Emitter<ConnectionEvents> {
     return (await this.get(`/api/scene/${encodeURIComponent(this.sceneId)}/frame`, { ...camera, background: Array.from(background) })).blob();
   }
 
-  /** One heat channel of every Gaussian, by its place in the manifest's list. */
-  async heat(channel: number): Promise<Float32Array> {
+  /** One heat of every Gaussian, by its name in the manifest. */
+  async heat(name: string): Promise<Float32Array> {
     const m = this.manifest!, out = new Float32Array(m.count);
-    for (let k = 0; k < m.chunks.length; k++) {
-      const n = m.chunks[k]!.count, bytes = new Uint8Array(await (await this.get(`/api/scene/${encodeURIComponent(m.id)}/chunk/${k}/heat`)).arrayBuffer());
-      const { channels, values } = readHeat(n, bytes);
-      if (channel < channels) for (let i = 0; i < n; i++) out[k * m.chunk_size + i] = values[channels * i + channel]!;
+    for (const [k, { count }] of m.chunks.entries()) {
+      const bytes = await (await this.get(`/api/scene/${encodeURIComponent(m.id)}/chunk/${k}/heat?name=${encodeURIComponent(name)}`)).arrayBuffer();
+      const { channels, values } = readHeat(count, new Uint8Array(bytes));
+      for (let i = 0; i < count; i++) out[k * m.chunk_size + i] = values[channels * i]!;
     }
     return out;
   }

@@ -80,10 +80,10 @@ function start(): void {
   function connect(key: string): Connection {
     const to = new Connection(key);
     app.complete = () => to.complete;
-    app.heat = (what) => to.heat(Math.max(0, to.manifest?.heat.indexOf(what) ?? 0));
+    app.heat = (what) => to.heat(what);
     to.on("manifest", (m) => {
       manifest = m.manifest;
-      app.heatName ||= manifest.heat[0] ?? "";
+      if (!manifest.heat.includes(app.heatName)) app.heatName = manifest.heat[0] ?? "";
       if (m.fresh) app.open(m.scene, manifest, !!app.scene && app.scene !== m.scene && opened === manifest.id);
       else {
         app.setCameras(manifest.cameras);

@@ -366,7 +366,7 @@ def live(b: Bench) -> Iterator[Row | dict]:
         run = Live(shown, server.hand_over, rate=1.0)
         run.take(moving, 0, complete=True)
         tab = b.on_server(e.browser, server, moving)
-        tab.run("window.rows = 0; const update = app.update.bind(app); app.update = (first, last) => { window.rows += last - first; update(first, last); }")
+        tab.run("window.rows = 0; const update = app.update.bind(app); app.update = (first, last, more) => { window.rows += last - first; update(first, last, more); }")
         step = 0
         for k in range(2 * b.size.blocks):
             how, start, cpu, n, taken = ("without", "with")[k % 2], time.perf_counter(), time.thread_time(), 0, run.taken

@@ -91,9 +91,9 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
     this.stage.invalidate();
   }
 
-  /** Rows that came or changed. */
-  update(first: number, last: number): void {
-    this.stage.update(first, last);
+  /** Rows that came, or changed, with `more` of these on the way. */
+  update(first: number, last: number, more = false): void {
+    this.stage.update(first, last, more);
   }
 
   /** The first rows of the scene came, or the last: it is placed in the picture, but never against a camera that somebody has chosen meanwhile. */

@@ -16,7 +16,7 @@ export interface Metrics {
 export interface ConnectionEvents {
   state: "connecting" | "open" | "lost" | "done" | "refused";
   manifest: { manifest: Manifest; scene: SplatScene; fresh: boolean };
-  chunk: { first: number; last: number; plane: Plane };
+  chunk: { first: number; last: number; plane: Plane; more: boolean }; // more: of an update of what was whole before
   metrics: Metrics;
   rows: { first: boolean }; // the first rows of a scene have come, or all have
   error: string;
@@ -195,7 +195,7 @@ export class Connection extends Emitter<ConnectionEvents> {
       const first = m.chunk * manifest.chunk_size;
       writeChunk(this.scene!, m.plane, first, rows, m.data);
       this.have.set(`${m.plane} ${m.chunk}`, m.version);
-      this.emit("chunk", { first, last: first + rows, plane: m.plane });
+      this.emit("chunk", { first, last: first + rows, plane: m.plane, more: this.shown === "all" && !this.complete });
       if (m.plane === "core" && this.shown !== "all") {
         const shown = manifest.chunks.every((_, k) => this.have.has(`core ${k}`)) ? "all" : "some";
         const before = this.shown;
@@ -225,7 +225,7 @@ export class Connection extends Emitter<ConnectionEvents> {
       if (this.scene !== scene) return;
       writeChunk(scene!, "features", k * m!.chunk_size, chunk.count, bytes);
       this.have.set(`features ${k}`, chunk.version);
-      this.emit("chunk", { first: k * m!.chunk_size, last: k * m!.chunk_size + chunk.count, plane: "features" });
+      this.emit("chunk", { first: k * m!.chunk_size, last: k * m!.chunk_size + chunk.count, plane: "features", more: false });
     }
   }
 

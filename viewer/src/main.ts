@@ -97,8 +97,8 @@ function start(): void {
       cameras.refresh();
       describe();
     });
-    to.on("chunk", ({ first, last, plane }) => {
-      if (plane !== "features") return app.update(first, last);
+    to.on("chunk", ({ first, last, plane, more }) => {
+      if (plane !== "features") return app.update(first, last, more);
       if (app.stage.look === "features" || last === app.scene?.count) app.emit("look", app.stage.look);
     });
     to.on("rows", ({ first }) => app.arrived(first));

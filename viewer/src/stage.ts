@@ -8,6 +8,7 @@ import type { SplatScene } from "./scene";
 
 export type BackendChoice = "auto" | "webgl" | "wasm";
 const SLOW_MS = 120; // of a WebGL2 frame, above which the WebAssembly rasterizer is tried
+const MORE_MS = 1000; // that the picture of a run waits for the rest of an update: drawn after each part, a million Gaussians keep a core busy
 const MOVING_MS = 70; // of a WebAssembly frame while the camera moves: fewer pixels hold it
 
 /** After a frame: the canvas shows the view, shows it nearly, shows what it did before, or nothing had changed. */
@@ -47,6 +48,7 @@ export class Stage {
   private scheduled = false;
   private waiters: (() => void)[] = [];
   private timed = 0;
+  private waiting = 0; // timer of rows that changed and are not drawn
   look: Look = "colour";
   range: [number, number] = [0, 1];
   background: Rgb = [0, 0, 0];
@@ -113,11 +115,13 @@ export class Stage {
     const view = this.view();
     if (this.backend === "wasm" && !this.rendering && view.width > 1 && this.scene?.count) void this.renderByWasm(view, this.key(), 1);
   }
-  update(first: number, last: number): void {
+  /** Rows changed; with `more` of them on the way the picture waits for those, a little. */
+  update(first: number, last: number, more = false): void {
     this.orders.update(first, last);
     this.raster.update(first, last);
     this.engine?.update(first, last);
-    this.changedRows();
+    if (!more) this.changedRows();
+    else this.waiting ||= window.setTimeout(() => this.changedRows(), MORE_MS);
   }
   setVisible(visible: Uint8Array | null): void {
     this.orders.setVisible(visible);
@@ -133,6 +137,8 @@ export class Stage {
     this.invalidate();
   }
   private changedRows(): void {
+    clearTimeout(this.waiting);
+    this.waiting = 0;
     this.rowsStamp++;
     this.invalidate();
   }

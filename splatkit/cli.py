@@ -204,7 +204,8 @@ def view(
     """Show scenes in a browser.
 
     Args:
-        scenes: Scene files, or run folders of `splatkit reconstruct`, which come with their photos, cameras and metrics.
+        scenes: Scene files, or run folders of `splatkit reconstruct`, which come with their photos, cameras and metrics. What another process writes there while
+            it is shown, as a run does with every checkpoint, is shown then.
         port: Of the address that is printed; 0 is any free one.
         host: Names under which browsers on other machines may reach this one. They get what is shown by plain HTTP: whoever can listen on the way sees it, and
             the token; a tunnel (ssh -L PORT:127.0.0.1:PORT) needs no --host and is safe.
@@ -212,10 +213,12 @@ def view(
     if not scenes:
         raise ValueError("nothing to show: expected a scene file or a run folder")
     from .serve import Viewer
-    from .view import opened
+    from .view import Following
 
     note = lambda line: print(line, file=sys.stderr, flush=True)
-    viewer = Viewer([opened(path, note) for path in scenes], port, host, note).start()
+    followed = Following(scenes, note)
+    viewer = Viewer(followed.shown, port, host, note).start()
+    followed.start(viewer)
     try:
         print(f"view: {viewer.url}", flush=True)
         if host:
@@ -226,6 +229,7 @@ def view(
     except KeyboardInterrupt:
         return 0
     finally:
+        followed.close()
         viewer.close(0)
 
 

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class View:
                        labels=flip(self.labels), depth=flip(self.depth), kept=flip(self.kept), normals=normals, classes=flip(self.classes))
 
 
+@runtime_checkable
 class PosedScene(Protocol):
     """Photos of one place in an order in which neighbours overlap."""
 

@@ -1,4 +1,4 @@
-"""The command line: verbs, how errors are reported, and the progress line. The only page that parses arguments or prints.
+"""The command line: verbs, how errors are reported, and the progress line. With cli_files.py, the only page that parses arguments or prints.
 
 A verb imports what it needs when it runs: torch costs seconds, and `splatkit --help` should be instant.
 """
@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from . import __version__, config
+from . import __version__, cli_files, config
 from .errors import BadFile, EndedElsewhere, SplatkitError
 
 
@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `splatkit ARGV`. Exit codes: 0 done, 1 doctor found nothing to render with, 2 wrong input (one line on stderr), 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     verb, *rest = argv or ["--help"]
+    # torch's threads would wait for their next work in a loop, on the cores that the rasterizer's threads need. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if verb in ("-h", "--help", "--version"):
         print(f"splatkit {__version__}" if verb == "--version" else _help())
         return 0
@@ -272,7 +274,7 @@ def doctor() -> int:
     return 0 if doctor.can_render() else 1
 
 
-VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "view": view, "export": export, "doctor": doctor, "demo": demo}
+VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "view": view, "export": export, **cli_files.VERBS, "doctor": doctor, "demo": demo}
 
 
 class Progress:

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from shows import HEIGHT, WIDTH, Shows, camera, drawn, psnr, reference, sphere
+from shows import HEIGHT, WIDTH, Shows, camera, complete, drawn, psnr, reference, sphere
 
 from splatkit import io, page, render, wire
 from splatkit.capture import SceneHeader
@@ -86,7 +86,7 @@ def test_the_token_leaves_the_address_and_a_reload_still_works(shown):
     _, tab = shown
     assert "token" not in tab.url()
     tab.reload()
-    tab.wait("window.splatkit?.scene?.count === 5000")
+    tab.wait(complete(sphere(5000)))
     tab.run("await app.stage.settled()")
 
 
@@ -135,7 +135,7 @@ def test_after_a_lost_connection_the_page_says_so_and_keeps_its_camera(browser):
     scene = sphere(300, 0)
     server = Viewer([Shown.of(scene, "sphere", SceneHeader())]).start()
     tab = browser.open(server.url)
-    tab.wait("window.splatkit?.scene?.count === 300")
+    tab.wait(complete(scene))
     tab.run("app.controls.turn(40, 10)")
     before = tab.run("return app.pose.position.toArray()")
     server.close(0)

@@ -16,7 +16,7 @@ export interface ConnectionEvents {
   manifest: { manifest: Manifest; scene: SplatScene; fresh: boolean };
   chunk: { first: number; last: number; plane: Plane };
   metrics: Metrics;
-  first: void; // every row of a scene is there
+  rows: { first: boolean }; // the first rows of a scene have come, or all have
   error: string;
 }
 
@@ -47,7 +47,8 @@ export class Connection extends Emitter<ConnectionEvents> {
   private planes: Plane[] = ["core", "sh"];
   private scene: SplatScene | null = null;
   manifest: Manifest | null = null;
-  private missing = new Set<number>(); // chunks of core that have not come yet
+  private have = new Map<string, number>(); // version by plane and chunk
+  private shown: "nothing" | "some" | "all" = "nothing"; // of the rows of the scene
   private acknowledging = 0;
   private metrics: Metrics = { steps: [], loss: [], psnr: [], count: [] };
 
@@ -90,10 +91,20 @@ export class Connection extends Emitter<ConnectionEvents> {
     return scene;
   }
 
+  /** Whether all that is watched is there as the newest manifest has it. */
+  get complete(): boolean {
+    return !!this.manifest && this.planes.every((plane) => !has(this.manifest!, plane) || this.lacking(plane) === 0);
+  }
+  private lacking(plane: Plane): number {
+    return this.manifest!.chunks.filter((chunk, k) => this.have.get(`${plane} ${k}`) !== chunk.version).length;
+  }
+
   /** Watches a scene; what was watched before is left. */
   watch(sceneId: string): void {
     this.sceneId = sceneId;
     this.scene = this.manifest = null;
+    this.shown = "nothing";
+    this.have.clear();
     this.metrics = { steps: [], loss: [], psnr: [], count: [] };
     this.ended = false;
     if (this.socket?.readyState === WebSocket.OPEN) this.sendWatch();
@@ -123,6 +134,7 @@ export class Connection extends Emitter<ConnectionEvents> {
     this.emit("state", "connecting");
     const socket = (this.socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/api/socket`));
     let heard = false;
+    this.have.clear(); // a server that was started anew counts its versions anew
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
       this.send({ type: "hello", token: this.token });
@@ -160,7 +172,6 @@ export class Connection extends Emitter<ConnectionEvents> {
   private takeManifest(manifest: Manifest): void {
     if (manifest.id !== this.sceneId) return;
     const before = this.manifest;
-    if (!this.scene || before?.id !== manifest.id) this.missing = new Set(manifest.chunks.keys());
     const fresh = !this.scene || !before || before.count !== manifest.count || before.sh_degree !== manifest.sh_degree;
     if (fresh) this.scene = grown(this.scene, manifest);
     this.scene!.header = manifest.header;
@@ -175,8 +186,14 @@ export class Connection extends Emitter<ConnectionEvents> {
       if (!manifest || rows === undefined) return;
       const first = m.chunk * manifest.chunk_size;
       writeChunk(this.scene!, m.plane, first, rows, m.data);
+      this.have.set(`${m.plane} ${m.chunk}`, m.version);
       this.emit("chunk", { first, last: first + rows, plane: m.plane });
-      if (m.plane === "core" && this.missing.delete(m.chunk) && !this.missing.size) this.emit("first", undefined);
+      if (m.plane === "core" && this.shown !== "all") {
+        const shown = manifest.chunks.every((_, k) => this.have.has(`core ${k}`)) ? "all" : "some";
+        const before = this.shown;
+        this.shown = shown;
+        if (shown !== before) this.emit("rows", { first: before === "nothing" });
+      }
     } finally {
       this.acknowledge(m.frame);
     }
@@ -199,6 +216,7 @@ export class Connection extends Emitter<ConnectionEvents> {
       const bytes = new Uint8Array(await (await this.get(`/api/scene/${encodeURIComponent(m!.id)}/chunk/${k}/features`)).arrayBuffer());
       if (this.scene !== scene) return;
       writeChunk(scene!, "features", k * m!.chunk_size, chunk.count, bytes);
+      this.have.set(`features ${k}`, chunk.version);
       this.emit("chunk", { first: k * m!.chunk_size, last: k * m!.chunk_size + chunk.count, plane: "features" });
     }
   }
@@ -223,6 +241,8 @@ export class Connection extends Emitter<ConnectionEvents> {
     this.emit("metrics", all);
   }
 }
+
+const has = (m: Manifest, plane: Plane): boolean => (plane === "sh" ? m.sh_degree > 0 : plane !== "features" || !!m.features);
 
 /** A scene of the manifest's size that keeps the rows that were there. */
 function grown(before: SplatScene | null, manifest: Manifest): SplatScene {

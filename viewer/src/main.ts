@@ -49,6 +49,7 @@ function start(): void {
     line?.leave();
     [line, manifest] = [null, null];
     app.heat = null;
+    app.complete = () => true;
     scene.header = { ...scene.header, name: file.name };
     app.open(scene, null);
     app.say("", "error", "app");
@@ -78,6 +79,7 @@ function start(): void {
 
   function connect(key: string): Connection {
     const to = new Connection(key);
+    app.complete = () => to.complete;
     app.heat = (what) => to.heat(Math.max(0, to.manifest?.heat.indexOf(what) ?? 0));
     to.on("manifest", (m) => {
       manifest = m.manifest;
@@ -99,7 +101,7 @@ function start(): void {
       if (plane !== "features") return app.update(first, last);
       if (app.stage.look === "features" || last === app.scene?.count) app.emit("look", app.stage.look);
     });
-    to.on("first", () => app.home());
+    to.on("rows", ({ first }) => app.arrived(first));
     to.on("metrics", curves.show);
     to.on("error", (text) => app.say(text, "error", "server"));
     to.on("state", (state) => {

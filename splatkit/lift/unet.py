@@ -37,8 +37,14 @@ class UNet(nn.Module):
             left.append(x)
         x = self.middle_block(x)
         for block in self.output_blocks:
-            x = block(torch.cat([x, left.pop()], dim=1), n_views)
+            x = torch.cat([x, left.pop()], dim=1)       # by a name: what it was made of is not kept while the block runs
+            x = block(x, n_views)
         return self.out(x)
+
+
+class SiLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class Sequence(nn.Sequential):
@@ -51,7 +57,7 @@ class Sequence(nn.Sequential):
 
 
 def conv_norm(n_in: int, n_out: int) -> list[nn.Module]:
-    return [nn.Conv2d(n_in, n_out, 3, padding=1), nn.GroupNorm(GROUPS, n_out), nn.SiLU()]
+    return [nn.Conv2d(n_in, n_out, 3, padding=1), nn.GroupNorm(GROUPS, n_out), SiLU()]
 
 
 class ResBlock(nn.Module):
@@ -62,7 +68,8 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
 
     def forward(self, x: Float[Tensor, "N i h w"]) -> Float[Tensor, "N o h w"]:
-        return self.skip_connection(x) + self.out_layers(self.in_layers(x))
+        out = self.out_layers(self.in_layers(x))
+        return out + self.skip_connection(x)
 
 
 class Down(nn.Module):

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import io
 import json
 import re
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import _overlay
 from ..errors import BadConfig, BadFile
 from ..io.atomic import replacing
+from ..io.re10k import unpickled
 from ..io.reading import opened, size_of
 from .config import CONFIGS, MVSplatConfig
 from .model import MVSplat
@@ -39,12 +40,12 @@ class Weights:
         return f"{self.path} ({self.parameters:,} parameters, sha256 {self.sha256})"
 
 
-def load_weights(source: str | Path = "tiny", sha256: str | None = None) -> tuple[MVSplat, Weights]:
+def load_weights(source: str | Path = "tiny", sha256: str | None = None, config: MVSplatConfig = CONFIGS["mvsplat"]) -> tuple[MVSplat, Weights]:
     """The network that a file holds, float32 on the CPU, and which file that was.
 
     `source` is a path, "tiny" for the weights in the package, or hf:OWNER/REPOSITORY/FILE for a file of the Hugging Face hub, which is
     downloaded once (needs huggingface_hub). Files are safetensors as save_weights() writes them, or torch files of a published training
-    run: the weights under "state_dict", each name with "encoder." before it. Nothing but tensors and plain values is ever unpickled.
+    run: the weights under "state_dict", each name with "encoder." before it, for a network of `config`. Nothing but tensors and plain values is ever unpickled.
     Where `sha256` is given, a file with another one is not looked into.
 
     Raises BadFile naming the file and, where it is about one, the weight that is missing, unknown, of another shape or not finite.
@@ -57,10 +58,9 @@ def load_weights(source: str | Path = "tiny", sha256: str | None = None) -> tupl
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256.lower():
         raise BadFile(path, "", f"its sha256 is {found}; expected {sha256.lower()}: another file, or a damaged one")
-    config, state = _of_safetensors(path, data) if path.suffix == ".safetensors" else (CONFIGS["mvsplat"], _of_torch(path, data))
-    with torch.device("meta"):
-        model = MVSplat(config)
-    _check_state(path, state, model.state_dict())
+    config, state = _of_safetensors(path, data) if path.suffix == ".safetensors" else (config, _of_torch(path, data))
+    _check_state(path, state, _shapes(config))
+    model = _empty(config)
     model.load_state_dict({key: x.float() for key, x in state.items()}, assign=True)
     return model.requires_grad_(), Weights(path, found, sum(x.numel() for x in state.values()))
 
@@ -106,7 +106,7 @@ def _downloaded(source: str, repository: str, name: str) -> Path:
     try:
         return Path(hub.hf_hub_download(repository, name, etag_timeout=10))
     except Exception as e:
-        raise BadFile(source, "", f"cannot be downloaded ({type(e).__name__}: {' '.join(str(e).split())[:150]}); without a network, give the path of a file") from e
+        raise BadFile(source, "", f"cannot be downloaded ({type(e).__name__}: {_line(e)}); without a network, give the path of a file") from e
 
 
 def _of_safetensors(path: Path, data: bytes) -> tuple[MVSplatConfig, dict[str, Tensor]]:
@@ -115,7 +115,7 @@ def _of_safetensors(path: Path, data: bytes) -> tuple[MVSplatConfig, dict[str, T
         text = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]["splatkit_lift"]
         values = json.loads(text)
     except Exception as e:      # the header's own error, or any way in which it is not what save_weights wrote
-        raise BadFile(path, "", f"is no file of lifting weights, or it is damaged: {' '.join(str(e).split())[:150]}") from e
+        raise BadFile(path, "", f"is no file of lifting weights, or it is damaged: {_line(e)}") from e
     try:
         return _overlay(MVSplatConfig, values if isinstance(values, dict) else {"": values}, "", ""), state
     except BadConfig as e:
@@ -132,26 +132,31 @@ def _of_torch(path: Path, data: bytes) -> dict[str, Tensor]:
     return state
 
 
-def unpickled(path: Path, data: bytes):
-    """What a torch file holds, as long as that is tensors and plain values; BadFile for everything else. There is no other way to read one."""
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as e:      # on damaged bytes the unpickler raises about any type
-        named = re.search(r"(?:GLOBAL|global|function|class) ([\w.]+\.[\w.]+)", str(e))
-        why = f"it wants to run or build {named[1]}: only tensors and plain values are read" if named else f"it is no torch file, or damaged: {' '.join(str(e).split())[:150]}"
-        raise BadFile(path, "", why) from e
+def _empty(config: MVSplatConfig) -> MVSplat:
+    """A network without memory for its weights."""
+    with torch.device("meta"):
+        return MVSplat(config)
 
 
-def _check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+@functools.cache
+def _shapes(config: MVSplatConfig) -> dict[str, torch.Size]:
+    return {key: x.shape for key, x in _empty(config).state_dict().items()}
+
+
+def _check_state(path: Path, state: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
     """BadFile naming the first weight that keeps `state` from being `expected`."""
     if missing := [key for key in expected if key not in state]:
         raise BadFile(path, missing[0], f"is missing{f', and {len(missing) - 1} more of {len(expected)} weights' if missing[1:] else ''}; expected a checkpoint of MVSplat")
     if unknown := [key for key in state if key not in expected]:
-        raise BadFile(path, f"{unknown[0]:.100}", f"is no weight of MVSplat{f', nor are {len(unknown) - 1} more' if unknown[1:] else ''}")
+        raise BadFile(path, f"{unknown[0]!r:.100}", f"is no weight of MVSplat{f', nor are {len(unknown) - 1} more' if unknown[1:] else ''}")
     for key, x in state.items():
-        if x.shape != expected[key].shape:
-            raise BadFile(path, key, f"is {list(x.shape)}; expected {list(expected[key].shape)}")
+        if x.shape != expected[key]:
+            raise BadFile(path, key, f"is {list(x.shape)}; expected {list(expected[key])}")
         if not x.is_floating_point() or x.layout != torch.strided:
             raise BadFile(path, key, f"is {x.dtype}, {x.layout}; expected dense floating-point numbers")
         if not bool(torch.isfinite(x.float()).all()):
             raise BadFile(path, key, "holds a NaN or an infinity")
+
+
+def _line(error: Exception) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())[:150]

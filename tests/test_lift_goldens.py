@@ -4,6 +4,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from lifting import one_thread  # noqa: F401
 
 from splatkit.lift.adapter import pixel_rays, sh_to_world
 from splatkit.lift.model import MVSplat

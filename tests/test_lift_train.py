@@ -15,22 +15,22 @@ import torch
 import torch.nn.functional as F
 from killing import tried
 from lift_training import SMALL, settings
+from lifting import one_thread, write_chunk
+from perceptual import packaged, random_state, write
 from test_shard import together
 
-from splatkit import cli, config, rooms
+from splatkit import cli, config, lpips, rooms
 from splatkit.errors import BadConfig, BadFile
 from splatkit.io import checkpoint
-from splatkit.lift.config import MVSplatConfig
 from splatkit.lift.data import CHUNK_DEPTHS, Sample, collated, held_out, mirrored, room_sample, training
-from splatkit.lift.losses import depth_difference, depth_disagreement, losses, seen_in, targets_drawn, total, warp_difference, warped
+from splatkit.lift.losses import depth_difference, depth_disagreement, losses, seen_in, total, warp_difference, warped
 from splatkit.lift.model import Lifted, MVSplat
-from splatkit.lift.train import halve, learning_rate, lift_train
+from splatkit.lift.train import Training, halve, learning_rate, lift_train, quality
 from splatkit.lift.train_config import LiftLosses, LiftTrain
 from splatkit.lift.weights import load_weights
-from splatkit.raster import render
-from splatkit.camera import Cameras
 
 silent = lambda line: None
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,6 @@ def learnt(tmp_path_factory, cpu_library) -> Path:
 
 def test_a_minute_of_training_gives_held_out_rooms_a_decibel(learnt):
     first = LiftTrain(**{**vars(config.load_yaml(learnt / "config.yaml", LiftTrain)), "steps": 1})
-    from splatkit.lift.train import Training, quality
     before = quality(Training.first(first, "cpu").model, held_out(first, silent), first, "cpu")
     after = json.loads((learnt / "metrics.jsonl").read_text().splitlines()[-1])
     assert after["held_psnr"] > before["psnr"] + 1 and after["held_abs_rel"] < before["abs_rel"]
@@ -113,9 +112,8 @@ def test_label_free_losses_have_a_gradient_towards_the_true_depth(sample):
 
 
 def test_lpips_joins_the_loss_and_reaches_the_weights(sample, tmp_path):
-    from perceptual import write_weights
-    weights = LiftLosses(mse=0, lpips=1.0, lpips_weights=(write_weights(tmp_path),))
-    from splatkit import lpips
+    file = write(tmp_path / "alex.pth", packaged("alex", *random_state("alex")))
+    weights = LiftLosses(mse=0, lpips=1.0, lpips_weights=(file,))
     model = MVSplat(SMALL)
     found = model(sample.images[:, :2], sample.K[:, :2], sample.world_to_cam[:, :2], torch.ones(1, 2), sample.far[:, None].expand(1, 2))
     total(losses(found, sample, 2, weights, lpips.load(weights.lpips_weights)), weights).backward()
@@ -152,6 +150,20 @@ def test_a_written_room_gives_samples_with_its_depths_at_another_size(tmp_path):
         seen = seen_in(views.depth, views, 0, 1)
         assert seen.float().mean() > 0.2 and (picture - views.images[:, 0]).abs().mean(1)[seen].median() < 0.08
     assert held_out(settings(tmp_path / "run", data=(tmp_path,)), silent) is None
+
+
+def test_chunks_give_samples_of_their_photos_and_cameras_made_smaller_and_cut(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    write_chunk(tmp_path / "train" / "000000.torch", {"a": 4, "short": 2})
+    write_chunk(tmp_path / "test" / "000000.torch", {"b": 3})
+    given = settings(tmp_path / "run", data=(tmp_path,), gap=(2, 2), augment=False)
+    found = training(given, silent)(0)
+    K, (a, b, between) = found.K[0], torch.linalg.inv(found.world_to_cam)[:, 0, 3].abs()
+    assert found.images.shape == (3, 3, 32, 32) and float(found.far) == CHUNK_DEPTHS[1] and not found.depth.any()
+    assert K[0, 0] == pytest.approx(0.9 * 43, rel=1e-3) and K[1, 1] == pytest.approx(1.2 * 32) and K[:2, 2].tolist() == [16.5, 16.0]     # 64x48 -> 43x32 -> 32x32
+    assert float(b - a) == pytest.approx(0.4) and float(between - a) == pytest.approx(0.2)
+    assert held_out(given, silent)(0).images.shape == (3, 3, 32, 32)
 
 
 def test_a_capture_without_depth_and_points_asks_for_near_and_far(tmp_path):

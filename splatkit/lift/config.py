@@ -38,17 +38,18 @@ class MVSplatConfig:
     """Shorter side in pixels of the pictures that the weights were trained on."""
 
     def __post_init__(self):
-        lowest = {"feature_dim": 8, "blocks": 1, "ffn_factor": 1, "depth_candidates": 2, "cost_width": 8, "cost_heads": 1, "refine_width": 8, "gaussian_width": 1, "side": 32}
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise BadConfig(f"{name} is {getattr(self, name)}; expected {least} or more")
+        limits = {"feature_dim": (8, 4096), "blocks": (1, 64), "ffn_factor": (1, 16), "depth_candidates": (2, 1024), "cost_width": (8, 4096), "cost_heads": (1, 64),
+                  "refine_width": (8, 1024), "gaussian_width": (1, 4096), "sh_degree": (0, 4), "side": (32, 8192)}
+        for name, (least, most) in limits.items():
+            if not least <= getattr(self, name) <= most:
+                raise BadConfig(f"{name} is {getattr(self, name)}; expected {least} to {most}")
+        if not all(1 <= n <= 4096 for n in self.cnn_widths):
+            raise BadConfig(f"cnn_widths is {self.cnn_widths}; expected three of 1 to 4096")
         for name in ("feature_dim", "cost_width", "refine_width"):
             if getattr(self, name) % 8:
                 raise BadConfig(f"{name} is {getattr(self, name)}; expected a multiple of 8, the number of groups that are normalised")
         if self.cost_width % self.cost_heads:
             raise BadConfig(f"cost_heads is {self.cost_heads}; expected a divisor of cost_width, {self.cost_width}")
-        if not 0 <= self.sh_degree <= 4:
-            raise BadConfig(f"sh_degree is {self.sh_degree}; expected 0 to 4")
         if not 0 < self.scale_range[0] < self.scale_range[1]:
             raise BadConfig(f"scale_range is {self.scale_range}; expected 0 < smallest < largest")
 

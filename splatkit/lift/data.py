@@ -18,6 +18,7 @@ from ..capture import Capture, Photo
 from ..errors import BadFile
 from ..io.depth import load_depth
 from ..io.photos import area_average, find_model_folder, load_image
+from ..io.re10k import Sequence, read_chunk
 from ..io.reading import Report
 from ..io.source import load_source
 from ..io.transforms import find_transforms
@@ -150,9 +151,7 @@ def _fitted(photo: Photo, width: int, height: int) -> tuple[Tensor, Cameras, Ten
 
 
 def _chunks(files: list[Path], config: LiftTrain) -> Source:
-    from ..io.re10k import read_chunk
-
-    chunk = functools.lru_cache(2)(lambda file: [sequence for sequence in read_chunk(file) if len(sequence.timestamps) > config.gap[0]])
+    chunk = functools.lru_cache(2)(lambda file: [sequence for sequence in read_chunk(file) if len(sequence) > config.gap[0]])
 
     def sample(number: int) -> Sample:
         rng = np.random.default_rng([config.seed, number, 3])
@@ -164,19 +163,18 @@ def _chunks(files: list[Path], config: LiftTrain) -> Source:
     return sample
 
 
-def _of_sequence(sequence, config: LiftTrain, rng: np.random.Generator) -> Sample:
-    chosen = _frames(len(sequence.timestamps), config, rng)
+def _of_sequence(sequence: Sequence, config: LiftTrain, rng: np.random.Generator) -> Sample:
+    chosen = _frames(len(sequence), config, rng)
     images, Ks = [], []
     for i in chosen:
-        pixels = np.asarray(sequence.image(i))
+        pixels = sequence.image(i)
         height, width = pixels.shape[:2]
         scale = max(config.width / width, config.height / height)
         size = max(config.width, math.floor(scale * width + 0.5)), max(config.height, math.floor(scale * height + 0.5))
         left, top = (size[0] - config.width) // 2, (size[1] - config.height) // 2
         smaller = area_average(pixels, *size)[top:top + config.height, left:left + config.width]
         images.append(torch.from_numpy(np.ascontiguousarray(smaller)).float().permute(2, 0, 1) / 255)
-        K = torch.as_tensor(sequence.K_normalised[i]).double() * torch.tensor([[size[0]], [size[1]], [1]])
-        Ks.append(K - torch.tensor([[0, 0, left], [0, 0, top], [0, 0, 0.0]], dtype=torch.float64))
-    poses = torch.stack([torch.as_tensor(sequence.world_to_cam[i]) for i in chosen])
+        Ks.append(torch.from_numpy(sequence.K(i, *size)).double() - torch.tensor([[0, 0, left], [0, 0, top], [0, 0, 0.0]], dtype=torch.float64))
+    poses = torch.from_numpy(sequence.world_to_cam[chosen])
     depth = torch.zeros(len(chosen), config.height, config.width)
     return _normalised(torch.stack(images), torch.stack(Ks), poses, depth, config.near or CHUNK_DEPTHS[0], config.far or CHUNK_DEPTHS[1])

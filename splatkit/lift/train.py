@@ -64,7 +64,7 @@ class Training:
     @staticmethod
     def first(config: LiftTrain, device: str) -> Training:
         torch.manual_seed(config.seed)      # of the first weights; nothing else draws from the global generator
-        model = (MVSplat(config.network) if config.weights is None else load_weights(config.weights)[0]).to(device)
+        model = (MVSplat(config.network) if config.weights is None else load_weights(config.weights, config=config.network)[0]).to(device)
         decayed, free = ([p for p in model.parameters() if (p.ndim > 1) == which] for which in (True, False))
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
         return Training(model, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99)), config.begin)

@@ -179,6 +179,8 @@ class DataConfig:
     """Seed of the first of them."""
     photos: int = 24
     """Photos of each room."""
+    cache: Path | None = None
+    """Folder in which what is seen of rooms is kept, 11 bytes a pixel."""
     height: int = 336
     """Photos are brought to this size; both sides must be multiples of the patch, and of 16 for `lift`."""
     width: int = 448

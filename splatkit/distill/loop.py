@@ -22,7 +22,7 @@ from ..errors import BackendUnavailable, BadConfig, BadFile, Diverged
 from ..io import checkpoint
 from ..io.reading import Report, silent
 from ..reconstruct import SKIPS_MAX, _keep_lines
-from ..shard import Shard, exchanging, joined, versions
+from ..shard import Shard, exchange, joined, versions
 from . import backbone as backbones
 from .config import Distill
 from .geometry import geometry_of
@@ -89,7 +89,7 @@ def distill(config: Distill, report: Callable[..., None] = lambda *a, **k: None,
     """Teaches the backbone and writes the run folder: config.yaml, metrics.jsonl, checkpoint/, and backbone.safetensors with the adapters merged,
     which plain timm loads. Returns the last line of metrics.
 
-    `report(step, samples, **numbers)` is called now and then, `say(line)` for what the user should know about the data. `scenes` stand in
+    `report(step, **numbers)` is called now and then, `say(line)` for what the user should know about the data. `scenes` stand in
     for those of config.data. Under torchrun every process takes its share of each batch (DistributedDataParallel); the first one reports and writes.
 
     A step whose gradient is not finite is left out and counted; the tenth in a row ends the run with Diverged and the last checkpoint.
@@ -143,7 +143,7 @@ def _distill(config: Distill, report, say, watcher: Watcher, shard: Shard, scene
                     else:
                         labels = make_labels(batch, run.teacher, geometry, config, run.precision())
                         loss = loss_of(batch, run.parallel, run.teacher, labels, config, run.center, run.precision(), tally)
-                    with exchanging() if shard.world > 1 else contextlib.nullcontext():
+                    with exchange() if shard.world > 1 else contextlib.nullcontext():
                         (loss / parts).backward()
                 tally.add(loss=loss)
             norm = torch.nn.utils.clip_grad_norm_(run.names.values(), config.clip or math.inf)
@@ -164,7 +164,7 @@ def _distill(config: Distill, report, say, watcher: Watcher, shard: Shard, scene
                           "gradient_norm": float(norm), "lr": learning_rate(step, config), "skipped": run.skipped, "seconds": round(time.monotonic() - start, 3)}
                 log.write(json.dumps({name: value if math.isfinite(value) else None for name, value in record.items()}) + "\n")
                 log.flush()
-                report(step, step * config.batch, **{name: record[name] for name in ("excess", "loss", "valid", "drift") if name in record})
+                report(step, **{name: record[name] for name in ("excess", "loss", "valid", "drift") if name in record})
                 for name, value in record.items() if boards else ():
                     boards.add_scalar(name, value, step)
             watcher.stepped(run)
@@ -204,7 +204,7 @@ def learning_rate(step: int, config: Distill) -> float:
 
 
 def _summed(x: Tensor) -> Tensor:
-    with exchanging():
+    with exchange():
         dist.all_reduce(x)
     return x
 
@@ -256,6 +256,6 @@ def _board(config: Distill, say: Report):
 
 def _lasting(config: Distill) -> str:
     """What a resumed run must share with the one before: not where it lies, how it reports, or where the same bits come from."""
-    data = dataclasses.replace(config.data, workers=0)
+    data = dataclasses.replace(config.data, workers=0, cache=None)
     return configs.to_yaml(dataclasses.replace(config, output=Path(), resume=False, device="auto", log_every=1, save_every=1, tensorboard=False, data=data,
                                                geometry=dataclasses.replace(config.geometry, cache=None)))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from .. import rooms
 from ..camera import Cameras
 from ..capture import Capture, Photo
 from ..errors import BadFile
+from ..io.atomic import replacing
 from ..io.depth import load_depth
 from ..io.photos import _photo_file, _stored, find_model_folder, load_capture, load_image, load_mask
 from ..io.reading import Report, silent
@@ -25,7 +28,7 @@ from .scannet import is_scannet, is_scannetpp, load_scannet, load_scannetpp
 
 MASK_FOLDERS = ("instances", "instance_segmentation", "instance-filt", "instance")      # beside the photos' folder, in this order
 SHAPE_SLACK = 0.01              # by which the shape of a picture of labels may differ from its photo's: ScanNet's colour and depth do
-FURNITURE = {"sphere": 4, "box": 5, "cylinder": 6}                                      # classes of rooms beside floor 1, ceiling 2, wall 3
+FURNITURE = {"sphere": 4, "ellipsoid": 4, "box": 5, "cylinder": 6}                      # classes of rooms beside floor 1, ceiling 2, wall 3 and 7, what lies flat on them
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,13 @@ class CaptureScene:
 
 @dataclass(frozen=True)
 class RoomScene:
-    """A procedural room, seen by cameras around its middle; everything about it is exact."""
+    """A procedural room, seen by cameras on an arc around its middle; everything about it is exact. With a cache it is seen once only."""
 
     seed: int
     photos: int
     width: int
     height: int
+    cache: Path | None = None
 
     @property
     def name(self) -> str:
@@ -132,26 +136,39 @@ class RoomScene:
 
 
 @functools.lru_cache(256)
-def _room(seed: int) -> rooms.Room:
-    return rooms.make_room(seed)
+def _room(scene: RoomScene) -> tuple[rooms.Room, Cameras]:
+    room = rooms.endless_room(scene.seed)
+    return room, rooms.ring_cameras(room, scene.photos, scene.width, scene.height, scene.seed)
 
 
 @functools.lru_cache(4096)
-def _packed_room_view(scene: RoomScene, i: int) -> tuple[Tensor, ...]:
+def _packed_room_view(scene: RoomScene, i: int) -> dict[str, np.ndarray]:
     """A view in 11 bytes a pixel."""
-    room = _room(scene.seed)
-    camera = rooms.orbit(scene.photos, scene.width, scene.height, scene.seed)[i].to(dtype=torch.float32)
-    seen = room.cast(camera)
-    normals = seen.normals[0] @ camera.world_to_cam[0, :3, :3].T
-    return (seen.color[0] * 255).round().byte(), seen.depth[0], (normals * 127).round().to(torch.int8), seen.instance[0].to(torch.uint8)
+    path = scene.cache and scene.cache / f"room-{scene.seed}-{scene.photos}x{scene.width}x{scene.height}-{i}.npz"
+    if path:
+        try:
+            with np.load(path) as kept:
+                return dict(kept)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):      # not there, or not whole
+            pass
+    room, cameras = _room(scene)
+    seen = room.cast(cameras[i])
+    normals = seen.normals[0] @ cameras.world_to_cam[i, :3, :3].T
+    packed = {"color": (seen.color[0] * 255).round().byte().numpy(), "depth": seen.depth[0].numpy(), "normals": (normals * 127).round().to(torch.int8).numpy(),
+              "instance": seen.instance[0].to(torch.uint8).numpy()}
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.savez(file, **packed)
+    return packed
 
 
 def _room_view(scene: RoomScene, i: int) -> View:
-    color, depth, normals, instance = _packed_room_view(scene, i)
-    camera = rooms.orbit(scene.photos, scene.width, scene.height, scene.seed)[i].to(dtype=torch.float32)
-    kinds = torch.tensor([1, 2, 3, 3, 3, 3, *(FURNITURE[solid.kind] for solid in _room(scene.seed).solids)])
-    instance = instance.long()
-    return View(color.permute(2, 0, 1).float() / 255, camera, instance + 1, depth, None, torch.nn.functional.normalize(normals.float(), dim=2), kinds[instance])
+    packed = {name: torch.from_numpy(x) for name, x in _packed_room_view(scene, i).items()}
+    room, cameras = _room(scene)
+    kinds = torch.tensor([1, 2, 3, 3, 3, 3, *(7 if solid.is_flat else FURNITURE[solid.kind] for solid in room.solids)])
+    instance = packed["instance"].long()
+    return View(packed["color"].permute(2, 0, 1).float() / 255, cameras[i], instance + 1, packed["depth"], None, F.normalize(packed["normals"].float(), dim=2), kinds[instance])
 
 
 def load_labels(path: Path, photo: Photo, width: int, height: int) -> Int[Tensor, "H W"]:
@@ -171,7 +188,7 @@ def load_labels(path: Path, photo: Photo, width: int, height: int) -> Int[Tensor
 def scenes_of(config: DataConfig, report: Report = silent) -> list[PosedScene]:
     """The scenes that `config` means. `report` is told which have no masks. Raises BadFile where there are none, or one has fewer than three photos."""
     if config.folder is None:
-        return [RoomScene(config.first_room + i, config.photos, config.width, config.height) for i in range(config.rooms)]
+        return [RoomScene(config.first_room + i, config.photos, config.width, config.height, config.cache) for i in range(config.rooms)]
     folders = [config.folder] if _is_posed(config.folder) else sorted(p for p in config.folder.iterdir() if p.is_dir() and _is_posed(p)) if config.folder.is_dir() else []
     if not folders:
         raise BadFile(config.folder, "", "no posed photos: expected a COLMAP model, transforms.json, a ScanNet or ScanNet++ scene, or a folder of such" if config.folder.exists() else "no such folder")

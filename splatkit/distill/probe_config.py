@@ -41,6 +41,8 @@ class ProbeData:
     """Photos are brought to this size."""
     width: int = 128
     """Likewise."""
+    cache: Path | None = None
+    """Folder in which what is seen of rooms is kept."""
     depth_unit: float = 1e-3
     """Metres of a step of depth pictures that a list names."""
     masks: str = "auto"

@@ -73,7 +73,7 @@ def probe(config: Probe, report: Report = silent) -> list[Measured]:
         model = backbones.load(weights, config.seed).to(device)
         keys[name] = fingerprint(model)
         extractors: dict[str, Extract] = {name: _own_features(model, device)}
-        if config.labels and not out:
+        if config.labels and len(keys) == 1:
             extractors[f"{name}, carried"] = _carried_features(model, device, config)
             keys[f"{name}, carried"] = keys[name]
         for row, extract in extractors.items():
@@ -85,6 +85,7 @@ def probe(config: Probe, report: Report = silent) -> list[Measured]:
             pictures[row] = shown
             with replacing(path) as file:
                 rows = [{**dataclasses.asdict(m), "weights": keys[m.name]} for m in out]
+                rows += [old for name, old in done.items() if name not in keys]       # measured before, and to be looked at again later
                 file.write(json.dumps({"settings": settings, "backbones": rows}, indent=1).encode())
     if pictures:
         _draw(config.output, pictures)

@@ -10,15 +10,16 @@ import os
 import shutil
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from . import __version__, cli_files, config
+from . import __version__, cli_distill, cli_files, config
 from .errors import BadFile, EndedElsewhere, SplatkitError
+from .progress import Progress
+from .training import lift_train_verb, write_rooms
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise ValueError(f"{verb!r} is not a verb; known: {', '.join(VERBS)}")
-        run = reconstruct_verb(rest) if verb == "reconstruct" else VERBS[verb]
+        run = VERBS[verb](rest) if verb in LAYERED else VERBS[verb]
         return tyro.cli(run, prog=f"splatkit {verb}", args=rest)
     except KeyboardInterrupt:
         print("\nsplatkit: interrupted", file=sys.stderr)
@@ -278,47 +279,9 @@ def doctor() -> int:
     return 0 if doctor.can_render() else 1
 
 
-VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "view": view, "export": export, **cli_files.VERBS, "doctor": doctor, "demo": demo}
-
-
-class Progress:
-    """One line that says how far a loop is: redrawn in place on a terminal, else a fresh line about every 5 s.
-
-    Called as progress(step, gaussians, psnr=25.1, loss=0.03): steps count from 1, any further numbers are shown by name.
-    """
-
-    def __init__(self, steps: int, stream=None, clock=time.monotonic):
-        self.steps, self.stream, self.clock = steps, stream or sys.stderr, clock
-        self.redraws = self.stream.isatty()
-        self.seconds_between = 0.2 if self.redraws else 5.0
-        self.recent = deque([(clock(), 0)], maxlen=20)      # (time, step) of the last lines: the rate is theirs
-        self.drawn = False
-
-    def __call__(self, step: int, gaussians: int, **values: float) -> None:
-        now = self.clock()
-        if now - self.recent[-1][0] < self.seconds_between and step < self.steps:
-            return
-        self.recent.append((now, step))
-        rate = (step - self.recent[0][1]) / max(now - self.recent[0][0], 1e-9)
-        left = round((self.steps - step) / rate) if rate > 0 else 0
-        numbers = [f"{name} {value:.4g}" for name, value in values.items()]
-        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}" if left >= 3600 else f"{left // 60}:{left % 60:02}"
-        line = "  ".join([f"step {step}/{self.steps}", *numbers, f"{gaussians:,} Gaussians", f"{rate:.1f} it/s", f"{clock} left"])
-        if self.redraws:
-            line = "\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1]
-        print(line, end="" if self.redraws else "\n", file=self.stream, flush=True)
-        self.drawn = True
-
-    def note(self, line: str) -> None:
-        """Prints a line of its own."""
-        self.close()
-        print(line, file=self.stream, flush=True)
-
-    def close(self) -> None:
-        """Ends the line, so that what is printed next stands below it."""
-        if self.redraws and self.drawn:
-            print(file=self.stream, flush=True)
-        self.drawn = False
+VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "view": view, "export": export, **cli_files.VERBS, "doctor": doctor, "demo": demo,
+         "rooms": write_rooms, "lift-train": lift_train_verb, **cli_distill.VERBS}
+LAYERED = ("reconstruct", "lift-train", *cli_distill.LAYERED)     # verbs that are made of the command line: their defaults are those of a preset and a file that it names
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lifting import SMALL, write_chunk
 from mutants import mutants
 from PIL import Image
 from tiny_colmap import write_capture, write_model
@@ -23,10 +24,12 @@ from tiny_colmap import write_capture, write_model
 from splatkit import config, io
 from splatkit.capture import Photo, SceneHeader
 from splatkit.errors import BadConfig, BadFile
-from splatkit.io import checkpoint, colmap
+from splatkit.io import checkpoint, colmap, re10k
 from splatkit.io.depth import load_depth
 from splatkit.io.photos import load_image, load_mask
 from splatkit.io.transforms import load_transforms
+from splatkit.lift.model import MVSplat
+from splatkit.lift.weights import load_weights
 from splatkit.scene import Scene
 
 SECONDS_MAX = 2.0
@@ -41,6 +44,7 @@ class Reader:
     read: Callable[[Path], int]
     cut_is_refused: bool = True     # a file cut anywhere is never taken
     error: type[Exception] = BadFile
+    mutants: int = 2000     # in the tests
 
 
 def _require(good: bool, what: str) -> None:
@@ -180,6 +184,30 @@ def _read_yaml(folder: Path) -> int:
     return 0
 
 
+def _lifting_file(folder: Path) -> list[Path]:
+    torch.manual_seed(0)
+    state = {f"encoder.{key}": x for key, x in MVSplat(SMALL).state_dict().items()}
+    torch.save({"state_dict": state, "global_step": 300_000, "loops": {}, "optimizer_states": [{"param_groups": [{"lr": 2e-4}]}]}, folder / "re10k.ckpt")
+    return [folder / "re10k.ckpt"]
+
+
+def _read_lifting(folder: Path) -> int:
+    model, weights = load_weights(folder / "re10k.ckpt", config=SMALL)
+    _require(all(bool(torch.isfinite(x).all()) for x in model.state_dict().values()), "not finite")
+    return 4 * weights.parameters
+
+
+def _chunk_file(folder: Path) -> list[Path]:
+    write_chunk(folder / "000000.torch", {"one": 3, "two": 2})
+    return [folder / "000000.torch"]
+
+
+def _read_chunk(folder: Path) -> int:
+    sequences = re10k.read_chunk(folder / "000000.torch")
+    _require(all(np.isfinite(s.K_normalised).all() and np.isfinite(s.world_to_cam).all() and len(s.timestamps) == len(s) for s in sequences), "not finite")
+    return sum(s.image(i).nbytes for s in sequences for i in range(len(s)))
+
+
 READERS = {
     "COLMAP .bin": _colmap(False), "COLMAP .txt": _colmap(True), "transforms.json": Reader(_frames, _read_frames),
     **{f"photo, {kind}": _picture(kind) for kind in _FORMATS}, "mask": Reader(_mask_files, _read_mask, cut_is_refused=False),
@@ -190,6 +218,7 @@ READERS = {
     **{f"KSPLAT level {level}": _splats("s.ksplat", 2, level=level) for level in (0, 2)},
     "SOG": _splats("s.sog"), "SOG in a folder": _splats("meta.json"), "glTF": _splats("s.glb"), "safetensors": _splats("s.safetensors", features=2),
     "checkpoint": Reader(_checkpoint_file, _read_checkpoint),
+    "lifting checkpoint": Reader(_lifting_file, _read_lifting, mutants=500), "RE10K chunk": Reader(_chunk_file, _read_chunk, mutants=500),
     "YAML config": Reader(_yaml_file, _read_yaml, cut_is_refused=False, error=BadConfig),      # a shorter list of settings is a list of settings
 }
 

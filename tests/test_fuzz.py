@@ -12,10 +12,11 @@ from fuzzing import READERS, Reader, fuzz
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_2000_mutants_end_in_a_good_result_or_the_reader_s_error(tmp_path, name):
-    verdict = fuzz(name, 2000, 0, tmp_path)
+def test_mutants_end_in_a_good_result_or_the_reader_s_error(tmp_path, name):
+    count = READERS[name].mutants
+    verdict = fuzz(name, count, 0, tmp_path)
     assert not verdict.wrong, "\n".join(verdict.wrong[:20])
-    assert verdict.refused > 200 and verdict.taken + verdict.refused == 2000
+    assert verdict.refused > count // 10 and verdict.taken + verdict.refused == count
 
 
 @pytest.mark.parametrize("harm, seen", [

@@ -41,8 +41,9 @@ class Sample:
     depth: Float[Tensor, "*B N H W"]            # camera z; 0 where it is not known
     far: Float[Tensor, "*B"]
 
-    def to(self, device: str) -> Sample:
-        return Sample(*(x.to(device, non_blocking=True) for x in vars(self).values()))
+    def to(self, like: Tensor) -> Sample:
+        """On the device and in the precision of a tensor."""
+        return Sample(*(x.to(like, non_blocking=True) for x in vars(self).values()))
 
 
 Source = Callable[[int], Sample]

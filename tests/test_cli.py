@@ -76,7 +76,7 @@ def test_wrong_flags_are_exit_code_2(arguments, capsys):
 
 def test_an_unknown_verb_lists_the_known_ones(capsys):
     assert main(["paint"]) == 2
-    assert capsys.readouterr().err == "splatkit: 'paint' is not a verb; known: reconstruct, eval, render, view, export, doctor, demo\n"
+    assert capsys.readouterr().err == "splatkit: 'paint' is not a verb; known: reconstruct, eval, render, view, export, doctor, demo, rooms, lift-train\n"
 
 
 def test_doctor_names_every_library_and_backend(capsys):

@@ -275,7 +275,7 @@ def test_halves_reach_convolutions_and_nothing_else(sample):
     halve(model)
     half = call()
     assert half.depth.dtype == half.scenes[0].means.dtype == torch.float32
-    difference = ((1 / half.depth - 1 / whole.depth).abs().max() / (1 / whole.depth).std()).item()
-    assert 1e-5 < difference < 0.5
+    difference = ((1 / half.depth - 1 / whole.depth).abs().mean() / (1 / whole.depth).std()).item()
+    assert 1e-5 < difference < 0.2
     half.depth.sum().backward()
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())

@@ -73,7 +73,7 @@ def held_out(config: LiftTrain, say: Report) -> Source | None:
 def room_sample(config: LiftTrain, first: int, number: int, augment: bool | None = None) -> Sample:
     """A room's cameras that are close to each other."""
     seen = rooms.sample(first + number, config.contexts + config.targets, config.width, config.height)
-    images, depth = seen.views.color.permute(0, 3, 1, 2), seen.views.depth
+    images, depth = seen.photos.permute(0, 3, 1, 2), seen.views.depth
     near, far = float(depth.min()) / 1.05, float(depth.max()) * 1.05
     if config.augment if augment is None else augment:
         rng = np.random.default_rng([first, number])

@@ -19,6 +19,7 @@ import tyro
 
 from . import __version__, config
 from .errors import BadFile, EndedElsewhere, SplatkitError
+from .lift.command import lift
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -272,7 +273,7 @@ def doctor() -> int:
     return 0 if doctor.can_render() else 1
 
 
-VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "view": view, "export": export, "doctor": doctor, "demo": demo}
+VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "view": view, "export": export, "lift": lift, "doctor": doctor, "demo": demo}
 
 
 class Progress:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from .config import MVSplatConfig
 from .lifting import padded_size, size_at
+from .pairs import Group
 from .posed import View
 from .weights import shapes_of
 
@@ -31,13 +32,13 @@ class Cost:
         return f"{f'about {self.seconds:.0f} s' if self.seconds >= 1.5 else 'a second or two'} and {self.bytes / 2 ** 30:.2g} GiB of memory"
 
 
-def cost(config: MVSplatConfig, views: Sequence[View], groups: Sequence[Sequence[int]], side: int) -> Cost:
+def cost(config: MVSplatConfig, views: Sequence[View], groups: Sequence[Group], side: int) -> Cost:
     """The largest tensors are those of the refinement U-Net and of the Gaussians' numbers, at full resolution."""
     work, most, raw = 0.0, 0.0, 9 + 3 * (config.sh_degree + 1) ** 2
     for group in groups:
-        width, height = padded_size([views[i] for i in group], side)
-        work += operations(config, len(group), width, height)
-        most = max(most, len(group) * width * height * 4.0 * (8 * config.refine_width + raw + config.feature_dim))
+        width, height = padded_size([views[i] for i in group.views], side)
+        work += operations(config, len(group.views), width, height)
+        most = max(most, len(group.views) * width * height * 4.0 * (8 * config.refine_width + raw + config.feature_dim))
     kept = sum(math.prod(size_at(view, side)) for view in views) * 4.0 * (2 + raw)
     return Cost(OVERHEAD * work / speed(), most + 2 * kept + 2.0 ** 26)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..scene import Scene
 from .model import MULTIPLE, SIDE_MIN, MVSplat
-from .pairs import centre
+from .pairs import Group, centre
 from .posed import View
 
 ASPECT_MAX = 8
@@ -32,36 +32,30 @@ def padded_size(views: Sequence[View], side: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def lift(model: MVSplat, views: Sequence[View], groups: Sequence[Sequence[int]], near: float, far: float, side: int, official: bool = False,
+def lift(model: MVSplat, views: Sequence[View], groups: Sequence[Group], near: float, far: float, side: int, official: bool = False,
          report: Callable[[int, int], None] = lambda done, of: None) -> Scene:
     """The Gaussians of all views, on the CPU, in the world of their cameras.
 
-    The views of a group go through the network together; of a view in several groups those of the first count. Photos are made smaller to
+    Every view must be kept by one group. Photos are made smaller to
     `side` pixels on the shorter side, padded by reflection to what the network takes, and what comes out of padding, or of pixels that a
     photo's mask leaves out, is dropped. The world is scaled so that near is 1, as in training, and back. `report(done, of)` counts groups.
     """
     device, found = next(model.parameters()).device, {}
-    todo = []
-    for group in groups:
-        kept = [i for i in group if i not in found]
-        if kept:
-            found.update(dict.fromkeys(kept))
-            todo.append((list(group), kept))
     origin = np.mean([centre(view) for view in views], axis=0)
-    for number, (group, kept) in enumerate(todo, 1):
-        chosen = [views[i] for i in group]
+    for number, group in enumerate(groups, 1):
+        chosen = [views[i] for i in group.views]
         width, height = padded_size(chosen, side)
         images, counts = zip(*(_picture(view, side, width, height) for view in chosen))
         K = np.stack([view.K * np.array([[w / view.width], [h / view.height], [1.0]]) for view in chosen for w, h in [size_at(view, side)]])
         poses = np.stack([view.world_to_cam for view in chosen])
         poses[:, :3, 3] = (poses[:, :3, 3] + poses[:, :3, :3] @ origin) / near      # small numbers in float32, whatever the world's origin is
         tensor = lambda x: torch.as_tensor(x, dtype=torch.float32, device=device)[None]
-        out = model(torch.stack(images)[None].to(device), tensor(K), tensor(poses), tensor(np.ones(len(group))), tensor(np.full(len(group), far / near)), official=official)
-        for place, i in enumerate(group):
-            if i in kept:
+        out = model(torch.stack(images)[None].to(device), tensor(K), tensor(poses), tensor(np.ones(len(chosen))), tensor(np.full(len(chosen), far / near)), official=official)
+        for place, i in enumerate(group.views):
+            if i in group.kept:
                 rows = slice(place * height * width, (place + 1) * height * width)
                 found[i] = out.scenes[0].rows(rows).rows(counts[place].flatten().to(device)).to("cpu")
-        report(number, len(todo))
+        report(number, len(groups))
     scene = Scene.cat([found[i] for i in sorted(found)])
     return scene.transformed(near, torch.eye(3), torch.from_numpy(origin).float())
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
@@ -18,7 +19,15 @@ BASELINE_MIN = 1e-4         # over the depth between near and far: below it, two
 BASELINE_WARNED = (0.02, 0.6)
 
 
-def centre(view: View) -> Float[Array, "3"]:
+@dataclass(frozen=True)
+class Group:
+    """Views that go through the network together, and those of them whose Gaussians are kept."""
+
+    views: tuple[int, ...]
+    kept: tuple[int, ...]
+
+
+def centre(view: View) -> Float[Array, " 3"]:
     return -view.world_to_cam[:3, :3].T @ view.world_to_cam[:3, 3]
 
 
@@ -52,7 +61,7 @@ def depth_range(views: Sequence[View], points: Float[Array, "P 3"], near: float 
     return near, far
 
 
-def _depths(view: View, points: Float[Array, "P 3"]) -> Float[Array, "M"]:
+def _depths(view: View, points: Float[Array, "P 3"]) -> Float[Array, " M"]:
     """Camera z of the points within the picture."""
     return _within(points @ view.world_to_cam[:3, :3].T + view.world_to_cam[:3, 3], view)[1]
 
@@ -102,3 +111,15 @@ def nearest_pairs(views: Sequence[View], depth: float) -> list[tuple[int, int]]:
         good = [j for j in others if apart[i, j] >= BASELINE_WARNED[0] * depth and min(overlap(view, views[j], depth), overlap(views[j], view, depth)) >= OVERLAP_WARNED]
         pairs.append((i, min(good, key=lambda j: apart[i, j]) if good else max(others, key=lambda j: (min(overlap(view, views[j], depth), overlap(views[j], view, depth)), -apart[i, j]))))
     return pairs
+
+
+def grouped(views: Sequence[View], depth: float, near: float, far: float, joint: bool, report: Report = silent) -> list[Group]:
+    """All views together (`joint`, or two of them), else each with its nearest; two that are each other's nearest share a pass. Raises as check_pair()."""
+    everyone = tuple(range(len(views)))
+    pairs = [(i, j) for i in everyone for j in everyone[i + 1:]] if joint or len(views) == 2 else nearest_pairs(views, depth)
+    for i, j in pairs:
+        if i < j or (j, i) not in pairs:
+            check_pair(views[i], views[j], depth, near, far, report)
+    if joint or len(views) == 2:
+        return [Group(everyone, everyone)]
+    return [Group((i, j), (i, j)) if (j, i) in pairs else Group((i, j), (i,)) for i, j in pairs if i < j or (j, i) not in pairs]

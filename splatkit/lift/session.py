@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from ..raster import RasterSettings, render
 from ..scene import Scene
 from .cost import cost
 from .lifting import lift, padded_size, size_at, thinned
-from .pairs import check_pair, depth_range, middle_depth, nearest_pairs, overlap
-from .posed import KINDS, Posed, View, posed
+from .pairs import depth_range, grouped, middle_depth, overlap
+from .posed import KINDS, Posed, posed
 from .weights import load_weights
 
 CHECKED_MAX = 4
@@ -83,7 +83,7 @@ def lift_photos(request: Request, say: Report) -> Iterator[str]:
     padded_size(given.views, side)
     near, far = depth_range(given.views, given.points, request.near, request.far, say)
     depth = middle_depth(given.views, given.points, near, far)
-    groups = _groups(given.views, depth, near, far, request.joint, say)
+    groups = grouped(given.views, depth, near, far, request.joint, say)
     if device == "cpu":
         say(f"lifting {len(given.views)} photos in {len(groups)} {'pass' if len(groups) == 1 else 'passes'} on the CPU: {cost(model.config, given.views, groups, side)}")
     start = time.monotonic()
@@ -107,22 +107,6 @@ def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable("cuda: torch sees no CUDA device; --device cpu works without")
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
-
-def _groups(views: Sequence[View], depth: float, near: float, far: float, joint: bool, say: Report) -> list[tuple[int, ...]]:
-    """Which views go through the network together, those that come first in each being kept where a view is in several."""
-    if len(views) == 2 or joint:
-        for i in range(len(views)):
-            for j in range(i + 1, len(views)):
-                check_pair(views[i], views[j], depth, near, far, say)
-        return [tuple(range(len(views)))]
-    pairs = nearest_pairs(views, depth)
-    for i, j in pairs:
-        if (j, i) not in pairs or i < j:
-            check_pair(views[i], views[j], depth, near, far, say)
-    # Views that are each other's neighbour share a pass; of a view that only helps another one nothing is kept from that pass.
-    mutual = [(i, j) for i, j in pairs if (j, i) in pairs and i < j]
-    return mutual + [(i, j) for i, j in pairs if not any(i in pair for pair in mutual)]
 
 
 @torch.no_grad()

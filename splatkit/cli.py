@@ -18,6 +18,7 @@ import tyro
 
 from . import __version__, cli_distill, cli_files, config
 from .errors import BadFile, EndedElsewhere, SplatkitError
+from .lift.command import lift
 from .progress import Progress
 from .training import lift_train_verb, write_rooms
 
@@ -279,8 +280,8 @@ def doctor() -> int:
     return 0 if doctor.can_render() else 1
 
 
-VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "view": view, "export": export, **cli_files.VERBS, "doctor": doctor, "demo": demo,
-         "rooms": write_rooms, "lift-train": lift_train_verb, **cli_distill.VERBS}
+VERBS = {"reconstruct": reconstruct_verb, "lift": lift, "eval": evaluate, "render": render, "view": view, "export": export, **cli_files.VERBS,
+         "rooms": write_rooms, "lift-train": lift_train_verb, **cli_distill.VERBS, "doctor": doctor, "demo": demo}
 LAYERED = ("reconstruct", "lift-train", *cli_distill.LAYERED)     # verbs that are made of the command line: their defaults are those of a preset and a file that it names
 
 

@@ -1,6 +1,6 @@
 """The pictures of the viewer in viewer/docs, of a run folder of `splatkit reconstruct`.
 
-    splatkit reconstruct plush --output runs/plush && python3 scripts/viewer_pictures.py runs/plush
+    splatkit reconstruct plush --output runs/plush --preset quick && python3 scripts/viewer_pictures.py runs/plush
 
 Needs node, viewer/node_modules and Chromium. The committed ones show the photos named plush in the README's table of data.
 """
@@ -25,7 +25,7 @@ from splatkit.view import opened                         # noqa: E402
 OUT = ROOT / "viewer" / "docs"
 WIDE, PHONE = (1200, 750), (375, 720)
 LOOKS = ("colour", "depth", "normal", "heat")
-COME_NEARER = "app.setPose({ ...app.pose }); app.controls.dolly(0.75); app.controls.turn(25, -30); await app.stage.settled();"
+MOVE = "app.controls.dolly({}); app.controls.turn({}, {});"      # nearer below 1, right, up
 
 
 class Tab:
@@ -44,14 +44,14 @@ class Tab:
 
 
 def scene(tab: Tab, folder: Path) -> Image.Image:
-    """The scene among its photos' cameras, coloured by their loss."""
-    tab.page.run(COME_NEARER)
+    """The scene among the cameras of its photos."""
+    tab.page.run(MOVE.format(1.3, 25, 12))
     return tab.picture(folder)
 
 
 def views(tab: Tab, folder: Path) -> Image.Image:
     """Colour, depth, normals, and the loss of the photos that show each Gaussian, in one picture."""
-    tab.page.run(f"app.showFrusta = false; document.body.classList.add('closed'); {COME_NEARER}")
+    tab.page.run(f"app.showFrusta = false; document.body.classList.add('closed'); {MOVE.format(1.05, 0, 0)}")
     shots = []
     for look in LOOKS:
         tab.page.run(f"app.heatName = 'loss'; await app.setLook('{look}')")
@@ -71,7 +71,7 @@ def compare(tab: Tab, folder: Path) -> Image.Image:
 
 
 def phone(tab: Tab, folder: Path) -> Image.Image:
-    tab.page.run(COME_NEARER)
+    tab.page.run(MOVE.format(1.3, 20, 10))
     return tab.picture(folder)
 
 

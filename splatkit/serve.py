@@ -131,7 +131,7 @@ class Viewer:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(2):
                     await client.socket.close(code=clients.GOING, message=b"the server has ended")
-        await self.server.shutdown(1)
+        await self.server.shutdown(0.1)     # connections that only wait for another request would keep it for as long as it may take
 
     def _do(self, work) -> None:
         try:

@@ -149,9 +149,9 @@ def test_a_capture_s_photos_need_not_be_named(sources, weights, tmp_path, capsys
 
 def test_the_scene_is_handed_to_reconstruct(sources, weights, tmp_path, capsys):
     assert run(sources, weights, tmp_path, "COLMAP", 3, "--refine", "3", "--max-gaussians", "500") == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     scene, header = io.load(tmp_path / "out" / "s-refined" / "scene.ply")
-    assert len(scene) == 500 and header.step == 3 and "PSNR" in out
+    assert len(scene) == 500 and header.step == 3 and "PSNR" in out and "0.png: held out for the evaluation" in err
 
 
 def test_refining_what_reconstruct_cannot_read_is_refused(sources, weights, tmp_path, capsys):

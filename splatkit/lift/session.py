@@ -131,6 +131,8 @@ def _refine(request: Request, given: Posed, say: Report) -> Iterator[str]:
 
     if given.folder is None:
         raise BadConfig(f"--refine needs photos and cameras in a folder that `splatkit reconstruct` reads, and {request.cameras} is none")
+    if given.held:
+        say(f"{', '.join(given.held)}: held out for the evaluation that follows, but lifted: what it says of them is no test")
     run = request.output.with_name(f"{request.output.stem}-refined")
     preset = configs.preset("reconstruct", "gpu" if request.device != "cpu" and torch.cuda.is_available() else "cpu")
     settings = configs.load_yaml(preset, configs.Reconstruct(data=given.folder, output=run))

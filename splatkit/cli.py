@@ -1,4 +1,4 @@
-"""The command line: verbs, how errors are reported, and the progress line. The only page that parses arguments or prints.
+"""The command line: verbs, how errors are reported, and the progress line. With cli_files.py, the only page that parses arguments or prints.
 
 A verb imports what it needs when it runs: torch costs seconds, and `splatkit --help` should be instant.
 """
@@ -10,29 +10,32 @@ import os
 import shutil
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from . import __version__, config
+from . import __version__, cli_distill, cli_files, config
 from .errors import BadFile, EndedElsewhere, SplatkitError
 from .lift.command import lift
+from .progress import Progress
+from .training import lift_train_verb, write_rooms
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `splatkit ARGV`. Exit codes: 0 done, 1 doctor found nothing to render with, 2 wrong input (one line on stderr), 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     verb, *rest = argv or ["--help"]
+    # torch's threads would wait for their next work in a loop, on the cores that the rasterizer's threads need. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if verb in ("-h", "--help", "--version"):
         print(f"splatkit {__version__}" if verb == "--version" else _help())
         return 0
     try:
         if verb not in VERBS:
             raise ValueError(f"{verb!r} is not a verb; known: {', '.join(VERBS)}")
-        run = reconstruct_verb(rest) if verb == "reconstruct" else VERBS[verb]
+        run = VERBS[verb](rest) if verb in LAYERED else VERBS[verb]
         return tyro.cli(run, prog=f"splatkit {verb}", args=rest)
     except KeyboardInterrupt:
         print("\nsplatkit: interrupted", file=sys.stderr)
@@ -203,7 +206,8 @@ def view(
     """Show scenes in a browser.
 
     Args:
-        scenes: Scene files, or run folders of `splatkit reconstruct`, which come with their photos, cameras and metrics.
+        scenes: Scene files, or run folders of `splatkit reconstruct`, which come with their photos, cameras and metrics. What another process writes there while
+            it is shown, as a run does with every checkpoint, is shown then.
         port: Of the address that is printed; 0 is any free one.
         host: Names under which browsers on other machines may reach this one. They get what is shown by plain HTTP: whoever can listen on the way sees it, and
             the token; a tunnel (ssh -L PORT:127.0.0.1:PORT) needs no --host and is safe.
@@ -211,10 +215,12 @@ def view(
     if not scenes:
         raise ValueError("nothing to show: expected a scene file or a run folder")
     from .serve import Viewer
-    from .view import opened
+    from .view import Following
 
     note = lambda line: print(line, file=sys.stderr, flush=True)
-    viewer = Viewer([opened(path, note) for path in scenes], port, host, note).start()
+    followed = Following(scenes, note)
+    viewer = Viewer(followed.shown, port, host, note).start()
+    followed.start(viewer)
     try:
         print(f"view: {viewer.url}", flush=True)
         if host:
@@ -225,6 +231,7 @@ def view(
     except KeyboardInterrupt:
         return 0
     finally:
+        followed.close()
         viewer.close(0)
 
 
@@ -273,47 +280,9 @@ def doctor() -> int:
     return 0 if doctor.can_render() else 1
 
 
-VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "view": view, "export": export, "lift": lift, "doctor": doctor, "demo": demo}
-
-
-class Progress:
-    """One line that says how far a loop is: redrawn in place on a terminal, else a fresh line about every 5 s.
-
-    Called as progress(step, gaussians, psnr=25.1, loss=0.03): steps count from 1, any further numbers are shown by name.
-    """
-
-    def __init__(self, steps: int, stream=None, clock=time.monotonic):
-        self.steps, self.stream, self.clock = steps, stream or sys.stderr, clock
-        self.redraws = self.stream.isatty()
-        self.seconds_between = 0.2 if self.redraws else 5.0
-        self.recent = deque([(clock(), 0)], maxlen=20)      # (time, step) of the last lines: the rate is theirs
-        self.drawn = False
-
-    def __call__(self, step: int, gaussians: int, **values: float) -> None:
-        now = self.clock()
-        if now - self.recent[-1][0] < self.seconds_between and step < self.steps:
-            return
-        self.recent.append((now, step))
-        rate = (step - self.recent[0][1]) / max(now - self.recent[0][0], 1e-9)
-        left = round((self.steps - step) / rate) if rate > 0 else 0
-        numbers = [f"{name} {value:.4g}" for name, value in values.items()]
-        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}" if left >= 3600 else f"{left // 60}:{left % 60:02}"
-        line = "  ".join([f"step {step}/{self.steps}", *numbers, f"{gaussians:,} Gaussians", f"{rate:.1f} it/s", f"{clock} left"])
-        if self.redraws:
-            line = "\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1]
-        print(line, end="" if self.redraws else "\n", file=self.stream, flush=True)
-        self.drawn = True
-
-    def note(self, line: str) -> None:
-        """Prints a line of its own."""
-        self.close()
-        print(line, file=self.stream, flush=True)
-
-    def close(self) -> None:
-        """Ends the line, so that what is printed next stands below it."""
-        if self.redraws and self.drawn:
-            print(file=self.stream, flush=True)
-        self.drawn = False
+VERBS = {"reconstruct": reconstruct_verb, "lift": lift, "eval": evaluate, "render": render, "view": view, "export": export, **cli_files.VERBS,
+         "rooms": write_rooms, "lift-train": lift_train_verb, **cli_distill.VERBS, "doctor": doctor, "demo": demo}
+LAYERED = ("reconstruct", "lift-train", *cli_distill.LAYERED)     # verbs that are made of the command line: their defaults are those of a preset and a file that it names
 
 
 if __name__ == "__main__":

@@ -63,12 +63,11 @@ class Weights:
         return Weights(self.net, {name: x.to(*args) for name, x in self.tensors.items()})
 
 
-@torch.no_grad()
 def distance(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], weights: Weights) -> Float[Tensor, ""]:
     """LPIPS of two pictures in [0, 1], 0 where they agree: over the stages of the backbone, the spatial mean of the head's weighted sum of squared
     differences of features, which are scaled to unit length per pixel (Zhang et al. 2018, eq. 1).
 
-    Not differentiable. Raises ValueError for pictures that are too small for the backbone.
+    Differentiable in both. Raises ValueError for pictures that are too small for the backbone.
     """
     net = NETS[weights.net]
     if min(image.shape[:2]) < net.side_min:
@@ -84,7 +83,7 @@ def distance(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], weig
             name = f"features.{conv.number}"
             x = F.conv2d(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"], conv.stride, conv.padding).relu_()
         unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
-        total += F.conv2d((unit[:1] - unit[1:]).square_(), tensors[f"lin{k}"]).mean()
+        total += F.conv2d((unit[:1] - unit[1:]).square(), tensors[f"lin{k}"]).mean()
     return total
 
 

@@ -71,7 +71,7 @@ class Shard:
         if self.world == 1:
             return flags
         seen = torch.tensor([*flags, _stop.is_set()], dtype=torch.int32)
-        with _exchange():
+        with exchange():
             dist.all_reduce(seen, dist.ReduceOp.MAX)
         *flags, stop = seen.bool().tolist()
         if stop:
@@ -193,7 +193,7 @@ class _Picture(torch.autograd.Function):
             job.stats.add_view(v_splats[:, CONST["SK_X"]:CONST["SK_Y"] + 1], v_splats[:, CONST["SK_RX"]:CONST["SK_RY"] + 1], weights, radii[0], job.width, job.height)
         want_sh, want_pose, want_K = ctx.needs_input_grad[5:8]
         *grads, v_pose, v_K = project_vjp(*tensors, None, job.width, job.height, job.sh_degree, job.settings, radii, v_splats[None], want_sh, want_pose, want_K)
-        with _exchange():
+        with exchange():
             for x in (v_pose, v_K):
                 if x.numel():
                     dist.all_reduce(x)
@@ -222,7 +222,7 @@ def _concatenated(x: Tensor, counts: list[int]) -> Tensor:
     most = max(counts)
     padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) if len(x) < most else x.contiguous()
     parts = [torch.empty_like(padded) for _ in counts]
-    with _exchange():
+    with exchange():
         dist.all_gather(parts, padded)
     return torch.cat([part[:n] for part, n in zip(parts, counts)])
 
@@ -230,13 +230,14 @@ def _concatenated(x: Tensor, counts: list[int]) -> Tensor:
 def _delivered(x: Tensor, sent: list[int], received: list[int]) -> Tensor:
     """What the others sent here, in the order of ranks, for the rows of x, of which the first sent[0] go to rank 0, and so on."""
     out = x.new_empty(sum(received), *x.shape[1:])
-    with _exchange():
+    with exchange():
         dist.all_to_all_single(out, x.contiguous(), received, sent)
     return out
 
 
 @contextmanager
-def _exchange() -> Iterator[None]:
+def exchange() -> Iterator[None]:
+    """Around what waits for the other processes: ProcessLost where the connection breaks."""
     try:
         yield
     except RuntimeError as why:

@@ -1,7 +1,7 @@
-"""Runs of `reconstruct` that die: at every file operation that writes, or by SIGKILL at random moments; each is resumed and compared.
+"""Runs of `reconstruct` and `lift-train` that die: at every file operation that writes, or by SIGKILL at random moments; each is resumed and compared.
 
 A program of its own, because it forks: torch is imported once, and only one thread may work before. `python killing.py operations FOLDER
-FROM_THE_FIRST` or `python killing.py kills FOLDER COUNT SEED` prints one line of JSON.
+FROM_THE_FIRST`, `python killing.py kills FOLDER COUNT SEED` or `python killing.py lift FOLDER` prints one line of JSON.
 """
 import builtins
 import dataclasses
@@ -122,17 +122,43 @@ def prepare(folder: Path, steps: int, save_every: int) -> dict:
 
 def at_every_operation(folder: Path, from_the_first: bool) -> dict:
     """Two saves in four steps, stopped at each operation in turn and resumed: from the first operation, or from the end of the first save."""
-    whole, differing, after_save = prepare(folder, 4, 2), [], mmap.mmap(-1, 8)
+    return stopped_everywhere(folder, prepare(folder, 4, 2), lambda resume: reconstruct(settings(folder, "run", 4, 2, resume)), result_of, Fit, from_the_first)
+
+
+def lift_at_every_operation(folder: Path) -> dict:
+    """The same of `lift-train`, from the end of the first save."""
+    import functools
+
+    from lift_training import SMALLEST
+    from lift_training import settings as small
+
+    from splatkit import rooms
+    from splatkit.lift.train import Training, lift_train
+
+    rooms.sample = functools.cache(rooms.sample)        # once, before the forks
+
+    def result(run: Path) -> dict:
+        found = checkpoint.load(run / "checkpoint", sys.exit)
+        lines = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return {"weights file": (run / "weights.safetensors").read_bytes(), "step": found.step, "metrics": lines, **{name: x.numpy().tobytes() for name, x in found.tensors.items()}}
+    run = lambda name, resume: lift_train(small(folder / name, network=SMALLEST, steps=2, save_every=1, resume=resume))
+    run("whole", False)
+    return stopped_everywhere(folder, result(folder / "whole"), lambda resume: run("run", resume), result, Training, False)
+
+
+def stopped_everywhere(folder: Path, whole: dict, run, result, state: type, from_the_first: bool) -> dict:
+    """`run(resume)`, which saves `state` twice into folder/run, stopped at each operation; what differs from `whole` once it is resumed."""
+    differing, after_save = [], mmap.mmap(-1, 8)
 
     def count():
-        deadly, real = Deadly(-1), Fit.save
+        deadly, real = Deadly(-1), state.save
 
         def save(self, *arguments):
             real(self, *arguments)
-            if self.step == 2:
+            if not any(after_save[:8]):
                 after_save[:8] = deadly.count.to_bytes(8, "little")
-        Fit.save = save
-        reconstruct(settings(folder, "run", 4, 2, False))
+        state.save = save
+        run(False)
     assert ended(forked(count)) == 0
     first = operations = 0 if from_the_first else int.from_bytes(after_save[:8], "little")
     finished = False
@@ -141,12 +167,12 @@ def at_every_operation(folder: Path, from_the_first: bool) -> dict:
 
         def die():
             Deadly(operations)
-            reconstruct(settings(folder, "run", 4, 2, False))
+            run(False)
         code = ended(forked(die))
         assert code in (0, DIED), f"operation {operations}: the run ended with {code}"
         finished = code == 0
-        assert ended(forked(lambda: reconstruct(settings(folder, "run", 4, 2, True)))) == 0, f"operation {operations}: not resumed"
-        after = result_of(folder / "run")
+        assert ended(forked(lambda: run(True))) == 0, f"operation {operations}: not resumed"
+        after = result(folder / "run")
         differing += [f"operation {operations}: {name}" for name in whole if after.get(name) != whole[name]]
         operations += not finished
     return {"operations": operations - first, "differing": differing}
@@ -209,4 +235,6 @@ def at_random_moments(folder: Path, kills: int, seed: int, steps: int = 60, save
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, where, *rest = sys.argv[1:]
-    print(json.dumps(at_every_operation(Path(where), rest == ["1"]) if what == "operations" else at_random_moments(Path(where), *map(int, rest))))
+    what = {"operations": lambda: at_every_operation(Path(where), rest == ["1"]), "lift": lambda: lift_at_every_operation(Path(where))}.get(
+        what, lambda: at_random_moments(Path(where), *map(int, rest)))
+    print(json.dumps(what()))

@@ -6,28 +6,20 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from numpy import ndarray as Array
-from PIL import Image
 from torch import Tensor
 
-from .camera import Cameras, look_at
-from .capture import Capture
-from .io.photos import load_capture
-from .scene import quat_from_matrix
+from ..camera import Cameras
 
 FLOOR, CEILING, WALLS, SOLIDS = 0, 1, (2, 3, 4, 5), 6      # instance ids: walls at -x, +x, -y, +y; solid i is SOLIDS + i
 RAYS_AT_ONCE = 1 << 16                                     # about what the caches hold
-SPREAD_MAX = 0.03                                          # pixels that differ more from a neighbour are anti-aliased
+SPREAD_MAX = 0.03                                          # pixels that differ more from a neighbour are anti-aliased, unless asked otherwise
 AMBIENT, LAMP, FILL = (0.40, 0.38, 0.38), (0.95, 0.86, 0.70), (0.16, 0.18, 0.24)       # linear RGB: sky, warm lamp, cool window
 TO_WINDOW = (0.5, -0.8, 0.33)                              # direction of the fill light, which throws no shadow
 
@@ -39,7 +31,7 @@ Color = tuple[float, float, float]                         # sRGB in [0, 1]
 class Texture:
     """A colour for every point of a solid: `first` and `second` in a pattern whose features are `size` metres wide."""
 
-    kind: Literal["plain", "checker", "stripes", "noise", "planks"]
+    kind: Literal["plain", "checker", "stripes", "noise", "planks", "mosaic", "spots", "marble"]
     first: Color
     second: Color = (0.0, 0.0, 0.0)
     size: float = 0.2
@@ -47,9 +39,9 @@ class Texture:
 
 @dataclass(frozen=True)
 class Solid:
-    """A convex body, turned by `yaw` radians about z. `half` are half its sides; a sphere and a cylinder have radius half[0]."""
+    """A convex body, turned by `yaw` radians about z. `half` are half its sides or axes; a sphere and a cylinder have radius half[0]."""
 
-    kind: Literal["sphere", "box", "cylinder"]
+    kind: Literal["sphere", "ellipsoid", "box", "cylinder"]
     centre: Vector
     half: Vector
     texture: Texture
@@ -59,6 +51,17 @@ class Solid:
     def is_flat(self) -> bool:
         """Rugs and pictures throw no shadow."""
         return min(self.half) <= 0.02
+
+    def distance(self, points: Float[Tensor, "P 3"]) -> Float[Tensor, " P"]:
+        """From points outside to the surface; of an ellipsoid a lower bound. Below 0 inside."""
+        local, half = self.turned(points.T - _column(self.centre, points.T), -1), _column(self.half, points.T)
+        if self.kind in ("sphere", "ellipsoid"):
+            half = half if self.kind == "ellipsoid" else half[:1]
+            return ((local / half).norm(dim=0) - 1) * half.min()
+        gaps = local.abs() - half
+        if self.kind == "cylinder":
+            gaps = torch.stack([local[:2].norm(dim=0) - half[0], gaps[2]])
+        return gaps.clamp(min=0).norm(dim=0) + gaps.amax(0).clamp(max=0)
 
     def turned(self, v: Float[Tensor, "3 R"], sign: int = 1) -> Float[Tensor, "3 R"]:
         """Vectors in the solid's axes taken to the world's; with sign -1 the way back."""
@@ -75,6 +78,11 @@ class Solid:
             inside = half[0] ** 2 - (o + along * d).square().sum(0)
             t = along - inside.sqrt()                           # NaN: missed
             normal = (o + t * d) / half[0]
+        elif self.kind == "ellipsoid":
+            d, o = d / half, o / half                           # where it is a unit sphere
+            a, b = d.square().sum(0), (d * o).sum(0)
+            t = (-b - (b * b - a * (o.square().sum() - 1)).sqrt()) / a
+            normal = _unit((o + t * d) / half)
         else:
             # Convex, so a ray is inside from its last entry into a slab (or the cylinder's wall) to its first exit from one.
             d = torch.where(d.abs() < 1e-12, 1e-12, d)          # parallel to a slab: it is entered long ago or never, without 0 / 0
@@ -108,40 +116,50 @@ class Room:
     size: Vector
     floor: Texture
     ceiling: Texture
-    walls: Texture
+    walls: Texture | tuple[Texture, Texture, Texture, Texture]      # of all four, or of each in the order of WALLS
     lamp: Vector
     solids: tuple[Solid, ...] = ()
 
-    def cast(self, cameras: Cameras) -> RoomViews:
-        """Pictures and exact geometry. Cameras must stand inside the room and outside its solids; their dtype is that of the results."""
+    def cast(self, cameras: Cameras, spread_max: float = SPREAD_MAX) -> RoomViews:
+        """Pictures and exact geometry. Cameras must stand inside the room and outside its solids; their dtype is that of the results.
+
+        A pixel's colour is the mean of 2 x 2 rays where it differs by more than `spread_max` from a neighbour's.
+        """
         # On a CPU one photo per thread: torch's own threads gain nothing on operations this small, and lose eightfold on a busy machine.
         threads, on_cpu = torch.get_num_threads(), cameras.device.type == "cpu"
         torch.set_num_threads(1 if on_cpu else threads)
         try:
             with ThreadPoolExecutor(threads if on_cpu else 1) as pool:
-                views = list(pool.map(self._view, (cameras[c] for c in range(len(cameras)))))
+                views = list(pool.map(lambda c: self._view(cameras[c], spread_max), range(len(cameras))))
         finally:
             torch.set_num_threads(threads)
         return RoomViews(*(torch.stack(part) for part in zip(*views)))
 
-    def _view(self, camera: Cameras) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _view(self, camera: Cameras, spread_max: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         eye, rotation, K = camera.centres[0][:, None], camera.world_to_cam[0, :3, :3], camera.K[0]
         shape = camera.height, camera.width
         y, x = (i.flatten().to(eye) for i in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
 
-        def look(x: Tensor, y: Tensor) -> list[Tensor]:
+        def look(x: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
             local = torch.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)])
             seen = [self.look(eye, rays) for rays in (rotation.T @ _unit(local)).split(RAYS_AT_ONCE, dim=1)]
-            color, distance, normals, instance = (torch.cat(part, dim=-1) for part in zip(*seen))
-            return [color, distance / local.norm(dim=0), normals, instance]
+            return [torch.cat(part, dim=-1) for part in zip(*seen)], local
 
-        color, depth, normals, instance = look(x + 0.5, y + 0.5)
-        spread = F.max_pool2d(color.view(3, *shape), 3, 1, 1) + F.max_pool2d(-color.view(3, *shape), 3, 1, 1)
-        rough = (spread.amax(0).flatten() > SPREAD_MAX).nonzero().squeeze(1)
+        (color, distance, normals, instance), local = look(x + 0.5, y + 0.5)
+        depth = distance / local.norm(dim=0)
+        spread = _most_around(color.view(3, *shape)) + _most_around(-color.view(3, *shape))
+        rough = (spread.amax(0).flatten() > spread_max).nonzero().squeeze(1)
         if len(rough):
             corners = [(x[rough] + dx, y[rough] + dy) for dx in (0.25, 0.75) for dy in (0.25, 0.75)]
-            color[:, rough] = look(*map(torch.cat, zip(*corners)))[0].view(3, 4, -1).mean(1)
+            color[:, rough] = look(*map(torch.cat, zip(*corners)))[0][0].view(3, 4, -1).mean(1)
         return color.T.view(*shape, 3), depth.view(shape), normals.T.view(*shape, 3), instance.view(shape)
+
+    def depths(self, camera: Cameras) -> Float[Tensor, "H W"]:
+        """What `cast` says of depth alone, for one camera."""
+        eye = camera.centres[0][:, None]
+        away = unprojected(camera, eye.new_ones(camera.height, camera.width)).view(-1, 3).T - eye
+        distance = self.trace(eye, _unit(away))[0]
+        return (distance / away.square().sum(0).sqrt()).view(camera.height, camera.width)
 
     def trace(self, origin: Float[Tensor, "3 1"],
               directions: Float[Tensor, "3 R"]) -> tuple[Float[Tensor, " R"], Float[Tensor, "3 R"], Int[Tensor, " R"]]:
@@ -165,10 +183,31 @@ class Room:
         if not solids:
             return
         to_centre = directions.new_tensor([s.centre for s in solids]) - origin.T
-        radius = directions.new_tensor([1.001 * (s.half[0] if s.kind == "sphere" else math.hypot(*s.half)) for s in solids])
+        radius = directions.new_tensor([1.001 * (s.half[0] if s.kind == "sphere" else max(s.half) if s.kind == "ellipsoid" else math.hypot(*s.half)) for s in solids])
         tangent = (to_centre.square().sum(1) - radius * radius).clamp(min=0).sqrt()
         solid, ray = (to_centre @ directions > tangent[:, None]).nonzero(as_tuple=True)
         yield from ((i, rays) for i, rays in enumerate(ray.split(solid.bincount(minlength=len(solids)).tolist())) if len(rays))
+
+    def sees(self, camera: Cameras, xyz: Float[Tensor, "P 3"], tolerance: float = 1e-4) -> tuple[Float[Tensor, "P 2"], Bool[Tensor, " P"]]:
+        """Where one camera sees surface points, in pixels, and which of them it does see: in the picture and not hidden by more than `tolerance` metres."""
+        eye = camera.centres[0][:, None]
+        local = camera.world_to_cam[0, :3, :3] @ (xyz.T - eye)
+        place = (camera.K[0] @ local)[:2] / local[2]
+        seen = (local[2] > 0.05) & (place > 0.5).all(0) & (place[0] < camera.width - 0.5) & (place[1] < camera.height - 0.5)
+        to_point, distance = _unit(xyz[seen].T - eye), local[:, seen].norm(dim=0)
+        seen[seen.clone()] = self.trace(eye, to_point)[0] > distance - tolerance
+        return place.T, seen
+
+    def correspondences(self, a: Cameras, b: Cameras, depth: Float[Tensor, "H W"]) -> tuple[Float[Tensor, "H W 2"], Bool[Tensor, "H W"]]:
+        """For every pixel of camera a, whose depths are given, the place in camera b where the same surface point lies, in pixels, and whether b sees it."""
+        place, seen = self.sees(b, unprojected(a, depth).view(-1, 3), tolerance=2e-3)
+        return place.view(*depth.shape, 2), seen.view(depth.shape)
+
+    def clearance(self, points: Float[Tensor, "P 3"]) -> Float[Tensor, " P"]:
+        """Distance of points to the nearest wall or solid, metres; below 0 outside the room or inside a solid."""
+        half = _column(self.size, points.T) / 2
+        walls = (half - (points.T - _column((0, 0, self.size[2] / 2), points.T)).abs()).amin(0)
+        return torch.stack([walls, *(solid.distance(points) for solid in self.solids)]).amin(0)
 
     def look(self, origin: Float[Tensor, "3 1"], directions: Float[Tensor, "3 R"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `trace` says, with the sRGB that the rays see before it. Surfaces are diffuse: a point has one colour from every side."""
@@ -209,12 +248,26 @@ class Room:
         for i in instance.bincount().nonzero().squeeze(1).tolist():
             rows = (instance == i).nonzero().squeeze(1)
             local = points.index_select(1, rows)
-            texture = self.floor if i == FLOOR else self.ceiling if i == CEILING else self.walls
             if i >= SOLIDS:
                 solid = self.solids[i - SOLIDS]
-                local, texture = solid.turned(local - _column(solid.centre, local), -1), solid.texture
-            out[:, rows] = _paint(texture, local)
+                local = solid.turned(local - _column(solid.centre, local), -1)
+            out[:, rows] = _paint(self.texture(i), local)
         return out.square()
+
+    def texture(self, instance: int) -> Texture:
+        """What an instance id is made of."""
+        if instance >= SOLIDS:
+            return self.solids[instance - SOLIDS].texture
+        walls = (self.walls,) * 4 if isinstance(self.walls, Texture) else self.walls
+        return (self.floor, self.ceiling, *walls)[instance]
+
+
+def unprojected(camera: Cameras, depth: Float[Tensor, "H W"]) -> Float[Tensor, "H W 3"]:
+    """World points at the given depths on the rays through the pixels' centres of one camera."""
+    y, x = torch.meshgrid(*(torch.arange(n).to(depth) + 0.5 for n in depth.shape), indexing="ij")
+    K, pose = camera.K[0], camera.world_to_cam[0]
+    local = torch.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)], dim=-1) * depth[..., None]
+    return (local - pose[:3, 3]) @ pose[:3, :3]
 
 
 def _column(v: Vector, like: Tensor) -> Float[Tensor, "3 1"]:
@@ -223,6 +276,16 @@ def _column(v: Vector, like: Tensor) -> Float[Tensor, "3 1"]:
 
 def _unit(v: Float[Tensor, "3 R"]) -> Float[Tensor, "3 R"]:
     return v * v.square().sum(0).rsqrt()        # five times faster than F.normalize along the first dimension
+
+
+def _most_around(x: Float[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
+    """The largest value in 3 x 3 pixels around each: what max_pool2d gives, eight times as fast."""
+    for dim in (1, 2):
+        if n := x.shape[dim] - 1:
+            pairs = torch.maximum(x.narrow(dim, 0, n), x.narrow(dim, 1, n))
+            inner = torch.maximum(pairs.narrow(dim, 0, n - 1), pairs.narrow(dim, 1, n - 1))
+            x = torch.cat([pairs.narrow(dim, 0, 1), inner, pairs.narrow(dim, n - 1, 1)], dim)
+    return x
 
 
 def _along(axis: Int[Tensor, " R"], v: Float[Tensor, "3 R"]) -> Float[Tensor, "3 R"]:
@@ -246,6 +309,12 @@ def _paint(texture: Texture, p: Float[Tensor, "3 R"]) -> Float[Tensor, "3 R"]:
         grain = _noise(q * _column((7.0, 0.6, 1.0), q) + 20 * tone)
         seam = (q[0] % 1 < 0.05) | (along % 1 < 0.008)
         mix = (0.6 * tone + 0.4 * grain).where(~seam, 1.4)
+    elif texture.kind == "mosaic":
+        mix = _noise(q.floor())
+    elif texture.kind == "spots":
+        mix = ((q % 1 - 0.5).square().sum(0) < 0.18).to(q)
+    elif texture.kind == "marble":
+        mix = 0.5 + 0.5 * torch.sin(2 * math.pi * (q[0] + 0.6 * q[1] + 0.8 * q[2] + 3 * _noise(0.7 * q)))
     else:
         mix = torch.zeros_like(q[0])
     first, second = _column(texture.first, q), _column(texture.second, q)
@@ -263,137 +332,3 @@ def _noise(p: Float[Tensor, "3 R"]) -> Float[Tensor, " R"]:
     f = p - p.floor()
     place = ((p.floor() % 32 + f * f * (3 - 2 * f)) / 16 - 1).T.reshape(1, 1, 1, -1, 3)
     return F.grid_sample(_lattice().to(p)[None, None], place, align_corners=True).view(-1)
-
-
-PALETTE: tuple[tuple[Color, Color], ...] = (        # pairs that are told apart in lamplight
-    ((0.86, 0.34, 0.22), (0.97, 0.82, 0.58)), ((0.16, 0.42, 0.50), (0.86, 0.90, 0.82)), ((0.90, 0.66, 0.20), (0.52, 0.25, 0.12)),
-    ((0.36, 0.52, 0.30), (0.84, 0.86, 0.60)), ((0.58, 0.22, 0.36), (0.95, 0.74, 0.70)), ((0.20, 0.26, 0.48), (0.92, 0.80, 0.50)),
-    ((0.93, 0.88, 0.78), (0.60, 0.42, 0.28)), ((0.30, 0.60, 0.62), (0.96, 0.94, 0.86)))
-WOOD = ((0.80, 0.58, 0.36), (0.46, 0.28, 0.15)), ((0.72, 0.50, 0.34), (0.36, 0.22, 0.14)), ((0.86, 0.70, 0.50), (0.58, 0.40, 0.24))
-WALL_COLORS = (((0.93, 0.87, 0.76), (0.88, 0.80, 0.68)), ((0.80, 0.86, 0.82), (0.72, 0.79, 0.74)), ((0.92, 0.82, 0.76), (0.86, 0.73, 0.66)),
-               ((0.84, 0.86, 0.90), (0.74, 0.78, 0.85)))
-
-
-def make_room(seed: int = 0) -> Room:
-    """A furnished room, the same for the same seed: a rug, a table with things on it, things around it, pictures on the walls."""
-    rng = np.random.default_rng(seed)
-    uniform = lambda low, high: float(rng.uniform(low, high))
-    pick = lambda options: options[rng.integers(len(options))]
-    pairs = [PALETTE[i] for i in rng.permutation(len(PALETTE))]
-    solids: list[Solid] = []
-
-    def texture(kinds=("checker", "stripes", "noise", "noise", "plain"), size=(0.08, 0.16)) -> Texture:
-        pair = pairs[len(solids) % len(pairs)]
-        return Texture(pick(kinds), *(pair if rng.random() < 0.5 else pair[::-1]), uniform(*size))
-
-    at = lambda yaw, ahead, left: (math.cos(yaw) * ahead - math.sin(yaw) * left, math.sin(yaw) * ahead + math.cos(yaw) * left)
-
-    def stand(kind, x, y, z, half: Vector, paint: Texture, yaw=None) -> None:
-        solids.append(Solid(kind, (x, y, z + half[2]), half, paint, uniform(0, 2 * math.pi) if yaw is None else yaw))
-
-    size = uniform(5.6, 6.4), uniform(5.6, 6.4), uniform(2.6, 2.9)
-    stand("cylinder", 0.0, 0.0, 0.0, (1.5, 1.5, 0.008), texture(("noise", "stripes", "checker"), (0.22, 0.34)))
-    wood, top, width = pick(WOOD), uniform(0.40, 0.52), uniform(0.46, 0.56)
-    if rng.random() < 0.5:
-        stand("cylinder", 0.0, 0.0, 0.016, (0.09, 0.09, (top - 0.066) / 2), Texture("plain", wood[1]))
-        stand("cylinder", 0.0, 0.0, top - 0.05, (width, width, 0.025), Texture("planks", *wood, 0.12))
-    else:
-        stand("box", 0.0, 0.0, 0.016, (width * 0.8, width * 0.8, (top - 0.016) / 2), Texture("planks", *wood, 0.12), uniform(-0.5, 0.5))
-
-    def thing(x, y, z, r, tallest) -> None:
-        """Something within r of (x, y) that stands on z."""
-        kind, height = ("sphere", "cylinder", "box")[len(solids) % 3], uniform(0.25, 0.5) * tallest
-        wide, deep = {"sphere": (0.9, 0.9), "cylinder": (0.75, 0.75), "box": (uniform(0.5, 0.7), uniform(0.5, 0.7))}[kind]
-        stand(kind, x, y, z, (wide * r, deep * r, wide * r if kind == "sphere" else height), texture())
-
-    turn = uniform(0, 2 * math.pi)
-    for count, near, far, z, smallest, largest, tallest in ((3, 0.24, 0.24, top, 0.13, 0.17, 0.34), (5, 0.95, 1.15, 0.016, 0.2, 0.3, 0.6)):
-        for i in range(count):                  # on the table, then around it
-            angle, distance = turn + 2 * math.pi * i / count + uniform(-0.2, 0.2), uniform(near, far)
-            thing(*at(angle, distance, 0.0), z, uniform(smallest, largest), tallest)
-    for quarter in range(4):                    # along each wall, seen from the middle of the room: a sideboard and pictures
-        yaw, far = quarter * math.pi / 2, size[quarter % 2] / 2
-        side, high = pick((-1, 1)), uniform(0.4, 0.65)
-        stand("box", *at(yaw, far - 0.18, side * 1.1), 0.0, (0.16, uniform(0.45, 0.6), high / 2), Texture("planks", *pick(WOOD), 0.15), yaw)
-        thing(*at(yaw, far - 0.18, side * uniform(0.95, 1.25)), high, 0.15, 0.4)
-        for sideways in (side * 1.1, side * uniform(-0.9, -0.7)):
-            half, picture = (0.02, uniform(0.35, 0.55), uniform(0.22, 0.32)), texture(("noise", "checker", "stripes"), (0.12, 0.22))
-            stand("box", *at(yaw, far - 0.02, sideways), uniform(0.95, 1.05), half, picture, yaw)
-    return Room(size, floor=Texture("planks", *pick(WOOD), uniform(0.14, 0.2)), ceiling=Texture("plain", (0.95, 0.94, 0.90)),
-                walls=Texture(pick(("stripes", "noise")), *pick(WALL_COLORS), uniform(0.3, 0.5)),
-                lamp=(uniform(-0.7, 0.7), uniform(-0.7, 0.7), size[2] - 0.25), solids=tuple(solids))
-
-
-def orbit(photos: int, width: int, height: int, seed: int = 0, turn_degrees: float = 360.0) -> Cameras:
-    """Cameras on a jittered ring of 2 m around the middle of a room, at heights from 1.1 to 1.6 m, that look inward and down."""
-    rng = np.random.default_rng(seed)
-    poses, up = [], torch.tensor([0.0, 0, 1], dtype=torch.float64)
-    for i in range(photos):
-        angle = math.radians(turn_degrees) * i / photos + rng.uniform(-0.04, 0.04)
-        radius, z = 2.0 + rng.uniform(-0.1, 0.1), 1.35 + 0.25 * math.sin(2 * angle + 1) + rng.uniform(-0.03, 0.03)
-        eye = torch.tensor([radius * math.cos(angle), radius * math.sin(angle), z], dtype=torch.float64)
-        target = torch.tensor([rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1), 0.55 + rng.uniform(-0.03, 0.03)], dtype=torch.float64)
-        poses.append(look_at(eye, target, up))
-    K = torch.tensor([[0.8 * width, 0, width / 2], [0, 0.8 * width, height / 2], [0, 0, 1]], dtype=torch.float64)
-    return Cameras(torch.stack(poses), K.expand(photos, 3, 3).contiguous(), width, height)
-
-
-def write_capture(folder: Path, room: Room | None = None, photos: int = 24, width: int = 200, height: int = 150, seed: int = 0,
-                  points: int = 4000) -> Capture:
-    """`folder`/images and a COLMAP model in `folder`/sparse/0 of a room (by default make_room(seed)), read back by io.photos.load_capture.
-
-    The model is what structure from motion would find, without its errors: poses, one PINHOLE camera, about `points` surface points
-    with the colour of a photo at that place and a track through every photo that sees them (at least two).
-    """
-    room, folder, cameras = room or make_room(seed), Path(folder), orbit(photos, width, height, seed)
-    views = room.cast(cameras.to(dtype=torch.float32))
-    pixels = (views.color * 255).round().to(torch.uint8)
-    names = [f"{i:03d}.png" for i in range(photos)]
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for name, image in zip(names, pixels):
-        Image.fromarray(image.numpy()).save(folder / "images" / name)
-
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda high: torch.randint(high, (points,), generator=generator)
-    photo, y, x = draw(photos), draw(height), draw(width)
-    K, rotation, eyes = cameras.K[0], cameras.world_to_cam[:, :3, :3], cameras.centres
-    local = torch.stack([(x + 0.5 - K[0, 2]) / K[0, 0], (y + 0.5 - K[1, 2]) / K[1, 1], torch.ones(points)], dim=1).double()
-    xyz = torch.einsum("pji,pj->pi", rotation[photo], local * views.depth[photo, y, x, None].double()) + eyes[photo]
-    places, seen = zip(*(_see(room, cameras[c], xyz) for c in range(photos)))
-    kept = torch.stack(seen).sum(0) >= 2
-    tracks = torch.stack(seen)[:, kept].numpy()
-    _write_model(folder / "sparse" / "0", cameras, names, xyz[kept].numpy(), pixels[photo, y, x][kept].numpy(),
-                 torch.stack(places)[:, kept].numpy(), tracks)
-    return load_capture(folder)
-
-
-def _see(room: Room, camera: Cameras, xyz: Float[Tensor, "P 3"]) -> tuple[Float[Tensor, "P 2"], Bool[Tensor, " P"]]:
-    """Where one camera sees surface points, in pixels, and which of them it does see: in the picture and not hidden."""
-    eye = camera.centres[0][:, None]
-    local = camera.world_to_cam[0, :3, :3] @ (xyz.T - eye)
-    place = (camera.K[0] @ local)[:2] / local[2]
-    seen = (local[2] > 0.05) & (place > 0.5).all(0) & (place[0] < camera.width - 0.5) & (place[1] < camera.height - 0.5)
-    to_point, distance = _unit(xyz[seen].T - eye), local[:, seen].norm(dim=0)
-    seen[seen.clone()] = room.trace(eye, to_point)[0] > distance - 1e-4
-    return place.T, seen
-
-
-def _write_model(folder: Path, cameras: Cameras, names: list[str], xyz: Array, rgb: Array, places: Array, tracks: Array) -> None:
-    """A COLMAP binary model. places [C, P, 2] in pixels; tracks [C, P]: which photo sees which point. Ids count from 1."""
-    folder.mkdir(parents=True, exist_ok=True)
-    K = cameras.K[0].tolist()
-    camera = struct.pack("<QiiQQ4d", 1, 1, 1, cameras.width, cameras.height, K[0][0], K[1][1], K[0][2], K[1][2])      # model 1 is PINHOLE
-    images, index = [struct.pack("<Q", len(names))], np.cumsum(tracks, axis=1) - 1       # index: a point's place in a photo's list
-    for c, name in enumerate(names):
-        pose = torch.cat([quat_from_matrix(cameras.world_to_cam[c, :3, :3]), cameras.world_to_cam[c, :3, 3]])
-        images.append(struct.pack("<i7di", c + 1, *pose.tolist(), 1) + name.encode() + b"\0")
-        observed = np.zeros(tracks[c].sum(), dtype=[("place", "<f8", 2), ("point", "<i8")])
-        observed["place"], observed["point"] = places[c, tracks[c]], np.flatnonzero(tracks[c]) + 1
-        images.append(struct.pack("<Q", len(observed)) + observed.tobytes())
-    points = [struct.pack("<Q", len(xyz))]
-    for p in range(len(xyz)):
-        seen_by = np.flatnonzero(tracks[:, p])
-        track = np.stack([seen_by + 1, index[seen_by, p]], axis=1).astype("<i4")
-        points.append(struct.pack("<Q3d3BdQ", p + 1, *xyz[p], *rgb[p], 0.0, len(track)) + track.tobytes())
-    for name, parts in (("cameras", [camera]), ("images", images), ("points3D", points)):
-        (folder / f"{name}.bin").write_bytes(b"".join(parts))

@@ -51,6 +51,7 @@ def measure(network: str, width: int, height: int) -> dict:
     from splatkit.lift.model import MVSplat
 
     torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
     torch.manual_seed(0)
     model = MVSplat(CONFIGS[network]).requires_grad_(False)
     images = torch.rand(1, 2, 3, height, width)

@@ -36,9 +36,9 @@ def lift(model: MVSplat, views: Sequence[View], groups: Sequence[Group], near: f
          report: Callable[[int, int], None] = lambda done, of: None) -> Scene:
     """The Gaussians of all views, on the CPU, in the world of their cameras.
 
-    Every view must be kept by one group. Photos are made smaller to
-    `side` pixels on the shorter side, padded by reflection to what the network takes, and what comes out of padding, or of pixels that a
-    photo's mask leaves out, is dropped. The world is scaled so that near is 1, as in training, and back. `report(done, of)` counts groups.
+    Every view must be kept by one group. Photos are made smaller to `side` pixels on the shorter side and padded by reflection to what the
+    network takes; what comes out of padding, or of pixels that a photo's mask leaves out, is dropped. The world is scaled so that near is 1,
+    as in training, and back. `report(done, of)` counts groups.
     """
     device, found = next(model.parameters()).device, {}
     origin = np.mean([centre(view) for view in views], axis=0)
@@ -103,8 +103,8 @@ def merged(scene: Scene, voxel: float) -> Scene:
     total = weights.new_zeros(n).index_add_(0, cube, weights)
     mean = lambda x: x.new_zeros(n, *x.shape[1:]).index_add_(0, cube, x * weights.view(-1, *[1] * (x.ndim - 1))) / total.view(-1, *[1] * (x.ndim - 1))
     order = torch.argsort(scene.logit_opacities, stable=True)
-    most_opaque = torch.empty(n, dtype=torch.long)
-    most_opaque[cube[order]] = order        # the last to be written stays
+    order = order[torch.argsort(cube[order], stable=True)]
+    most_opaque = order[torch.bincount(cube, minlength=n).cumsum(0) - 1]
     return scene.rows(most_opaque).replace(means=mean(scene.means), sh=mean(scene.sh))
 
 

@@ -19,7 +19,7 @@ from ..errors import BadFile
 from ..io import re10k
 from ..io.photos import _photo_file, _stored, area_average, find_model_folder, load_capture, load_image, load_mask
 from ..io.reading import Report, opened, silent
-from ..io.transforms import find_transforms, load_transforms
+from ..io.transforms import FILES, find_transforms, load_transforms
 
 KINDS = "a COLMAP folder, a transforms.json, a RealEstate10K .txt or .torch chunk, or an .npz"
 NPZ = "K [n, 3, 3], and world_to_cam or cam_to_world [n, 4, 4]; names [n] and axes (opencv or opengl) if you like"
@@ -52,6 +52,7 @@ class Posed:
     said: str                       # which conventions the cameras are in
     points: Float[Array, "P 3"] = field(default_factory=lambda: np.zeros((0, 3)))
     folder: Path | None = None      # what `splatkit reconstruct` can read
+    held: tuple[str, ...] = ()      # views to lift that it would hold out for evaluation
 
 
 def posed(photos: Sequence[str], cameras: Path, report: Report = silent) -> Posed:
@@ -67,7 +68,8 @@ def posed(photos: Sequence[str], cameras: Path, report: Report = silent) -> Pose
             raise ValueError(f"{cameras} holds cameras alone: name the photos that they are of")
         return _of_txt(photos, cameras) if cameras.suffix == ".txt" else _of_npz(photos, cameras)
     if cameras.suffix == ".json":
-        return _of_capture(photos, load_transforms(cameras, report), cameras.parent if cameras.name in ("transforms.json", "transforms_train.json") else None, cameras)
+        read = cameras.name in FILES and find_model_folder(cameras.parent) is None      # whether `splatkit reconstruct` would read it too
+        return _of_capture(photos, load_transforms(cameras, report), cameras.parent if read else None, cameras)
     if not cameras.is_dir():
         raise BadFile(cameras, "", f"expected {KINDS}" if cameras.exists() else f"no such file or folder; expected {KINDS}")
     if find_model_folder(cameras) is None and not find_transforms(cameras):
@@ -96,7 +98,8 @@ def _of_capture(photos: Sequence[str], capture: Capture, folder: Path | None, so
     views = [View(p.name, p.K, p.width, p.height, p.world_to_cam, partial(load_image, p), partial(load_mask, p)) for p in capture.photos]
     kind = "COLMAP's world" if capture.world == "colmap" else f"the world of {capture.world}"
     said = f"{len(capture.photos)} photos of {source}, intrinsics in pixels, {kind}, {len(capture.points):,} sparse points"
-    return Posed([views[i] for i in chosen], [views[i] for i in left], said, capture.points.astype(np.float64), folder)
+    held = tuple(views[i].name for i in capture.split()[1] if i in chosen)
+    return Posed([views[i] for i in chosen], [views[i] for i in left], said, capture.points.astype(np.float64), folder, held)
 
 
 def _among(path: Path, capture: Capture, source: Path) -> int:

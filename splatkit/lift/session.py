@@ -15,6 +15,7 @@ from ..camera import Cameras
 from ..capture import SceneHeader
 from ..errors import BackendUnavailable, BadConfig
 from ..evaluation import score
+from ..io.formats import of_name
 from ..io.reading import Report
 from ..paths import estimate_up
 from ..raster import RasterSettings, render
@@ -62,8 +63,7 @@ class Request:
                 raise BadConfig(f"{name.replace('_', '-')} is {getattr(self, name)}; expected {expected}")
         if self.near and self.far and self.near >= self.far:
             raise BadConfig(f"near is {self.near:g} and far {self.far:g}; expected near < far")
-        if self.output.suffix.lower() not in io.FORMATS:
-            raise BadConfig(f"output is {self.output}; known formats: {', '.join(io.FORMATS)}")
+        of_name(self.output)        # before the work, not after it
 
 
 def lift_photos(request: Request, say: Report) -> Iterator[str]:
@@ -95,7 +95,7 @@ def lift_photos(request: Request, say: Report) -> Iterator[str]:
     settings = RasterSettings(near=min(RasterSettings().near, 0.2 * near))
     up = tuple(estimate_up(Cameras.cat([view.camera().replace(width=1, height=1) for view in given.views]).to(dtype=torch.float32)).tolist())
     request.output.parent.mkdir(parents=True, exist_ok=True)
-    io.save(request.output, scene, SceneHeader(settings.changed(), up, False, str(request.cameras.resolve().name), 0))
+    io.save(request.output, scene, SceneHeader(settings.changed(), up, False, request.cameras.resolve().name, 0), say)
     yield f"scene: {request.output} ({len(scene):,} Gaussians of {whole:,}, {time.monotonic() - start:.1f} s)"
     if request.check:
         yield from _check(scene, settings, given, side, depth)
@@ -131,6 +131,8 @@ def _refine(request: Request, given: Posed, say: Report) -> Iterator[str]:
 
     if given.folder is None:
         raise BadConfig(f"--refine needs photos and cameras in a folder that `splatkit reconstruct` reads, and {request.cameras} is none")
+    if given.held:
+        say(f"{', '.join(given.held)}: held out for the evaluation that follows, but lifted: what it says of them is no test")
     run = request.output.with_name(f"{request.output.stem}-refined")
     preset = configs.preset("reconstruct", "gpu" if request.device != "cpu" and torch.cuda.is_available() else "cpu")
     settings = configs.load_yaml(preset, configs.Reconstruct(data=given.folder, output=run))

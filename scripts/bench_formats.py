@@ -38,19 +38,15 @@ def scene(n: int) -> dict:
     return {"means": means, "quats": r(n, 4), "log_scales": r(n, 3) - 5, "logit_opacities": 2 * r(n), "sh": sh}
 
 
-def least(rounds: int, act) -> float:
-    """Seconds of the fastest of so many."""
-    best = float("inf")
+def least(rounds: int, act) -> tuple[float, float]:
+    """(seconds, CPU seconds of all threads), each of the least of so many."""
+    seconds, busy = [], []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         act()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def page_cache_seconds(path: Path, rounds: int) -> float:
-    """Reading the file into fresh memory with nothing else done."""
-    return least(rounds, path.read_bytes)
+        seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - cpu)
+    return min(seconds), min(busy)
 
 
 def alone(*command) -> tuple[float, float]:
@@ -74,17 +70,19 @@ def main() -> int:
     result = {"gaussians": options.gaussians, "sh_degree": 3, "rounds": options.rounds, "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors",
               "load": os.getloadavg()[0], "formats": {}, "convert": []}
     with tempfile.TemporaryDirectory() as folder:
-        print("| file | MB | bytes a Gaussian | written in s | read in s | read, MB/s | of the page cache's rate |\n|---|---|---|---|---|---|---|")
+        print("| file | MB | bytes a Gaussian | written in s | CPU-s | read in s | CPU-s | read, MB/s | of the page cache's rate |\n|---|---|---|---|---|---|---|---|---|")
         for name, settings in FILES:
             if options.only and name not in options.only:
                 continue
             path = Path(folder) / name
-            wrote = least(1 if name.endswith(".sog") else options.rounds, lambda: formats.write(path, fields, header, **settings))
+            wrote, wrote_cpu = least(1 if name.endswith(".sog") else options.rounds, lambda: formats.write(path, fields, header, **settings))
             size = path.stat().st_size
-            read, cache = least(options.rounds, lambda: formats.read(path)), page_cache_seconds(path, options.rounds)
-            result["formats"][name] = {"bytes": size, "write_s": wrote, "read_s": read, "page_cache_s": cache}
-            print(f"| {name} | {size / 1e6:.1f} | {size / options.gaussians:.1f} | {wrote:.2f} | {read:.3f} | {size / read / 1e6:.0f} | {cache / read:.2f} |", flush=True)
-        info = least(options.rounds, lambda: alone("info", Path(folder) / "s.ply")) if not options.only or "s.ply" in options.only else None
+            read, read_cpu = least(options.rounds, lambda: formats.read(path))
+            cache, _ = least(options.rounds, path.read_bytes)       # into fresh memory, with nothing else done
+            result["formats"][name] = {"bytes": size, "write_s": wrote, "write_cpu_s": wrote_cpu, "read_s": read, "read_cpu_s": read_cpu, "page_cache_s": cache}
+            print(f"| {name} | {size / 1e6:.1f} | {size / options.gaussians:.1f} | {wrote:.2f} | {wrote_cpu:.2f} | {read:.3f} | {read_cpu:.3f} | {size / read / 1e6:.0f} | {cache / read:.2f} |",
+                  flush=True)
+        info = least(options.rounds, lambda: alone("info", Path(folder) / "s.ply"))[0] if not options.only or "s.ply" in options.only else None
         result["info_s"] = info
         print(f"\nsplatkit info on the PLY: {info and round(info, 2)} s\n\n| conversion | s | MB/s of input | peak MB |\n|---|---|---|---|")
         for source, target, flags in CONVERSIONS:

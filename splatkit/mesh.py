@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .adapters import imported
 from .camera import Cameras
-from .errors import BackendUnavailable
 from .io.surface import Surface
 from .raster import RasterSettings, render
 from .scene import Scene
@@ -36,7 +36,7 @@ def fuse(scene: Scene, cameras: Cameras, fusing: Fusing = Fusing(), settings: Ra
 
     `report(view, of)` is called after every camera, from 1. Raises BackendUnavailable without open3d, ValueError where no camera sees a surface.
     """
-    o3d = _open3d()
+    o3d = imported("open3d")
     drawn = [_drawn(scene, cameras[i], settings, background) for i in range(len(cameras))]
     depths = np.concatenate([d[d > 0][::16] for d, _ in drawn])
     if not len(depths):
@@ -82,11 +82,3 @@ def _cleaned(o3d, mesh, islands: float) -> Surface:
     surface = Surface(np.asarray(legacy.vertices, np.float64), np.asarray(legacy.triangles, np.int64), np.asarray(legacy.vertex_colors, np.float64))
     assert len(surface.triangles) and len(surface.colours) == len(surface.vertices)
     return surface
-
-
-def _open3d():
-    try:
-        import open3d
-    except ImportError as why:
-        raise BackendUnavailable(f"meshes need open3d ({why}); `pip install splatkit[mesh]` brings it") from why
-    return open3d

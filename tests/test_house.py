@@ -15,9 +15,9 @@ PACKAGE = REPO / "splatkit"
 FLOORS = [      # imports point down or stay on their floor
     {"scene", "header", "camera", "capture", "errors", "config", "native", "_compat", "progress"},
     {"raster", "io"},
-    {"wire", "optim", "adc", "density", "metrics", "lpips", "exposure", "poses", "rooms", "paths", "film", "views", "convert", "mesh"},
-    {"growth", "shard", "looking"},
-    {"compress"},
+    {"wire", "optim", "adc", "density", "metrics", "lpips", "exposure", "poses", "rooms", "paths", "film", "views", "convert"},
+    {"growth", "shard", "looking", "adapters"},
+    {"compress", "mesh"},
     {"fit", "initial"},
     {"reconstruct", "evaluation", "sfm", "sfm_worker"},
     {"lift"},

@@ -82,6 +82,6 @@ def morton_order(means: Array) -> Array:
     return np.argsort(code, kind="stable")
 
 
-def half_step(values: float) -> float:
-    """ln of half of the smallest step above 0 that a format with that step can store."""
-    return math.log(values / 2)
+def half_step(smallest: float) -> float:
+    """ln of half of the smallest number above 0 that a format can store: what a stored 0 stands for."""
+    return math.log(smallest / 2)

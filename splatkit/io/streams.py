@@ -1,9 +1,9 @@
 """Packed bytes: gzip written by several threads, and unpacking with a limit: no more than a header asks for and one byte, whatever the packed bytes would like."""
 from __future__ import annotations
 
-import itertools
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,11 +33,10 @@ def gzipped(data: list[memoryview], level: int) -> Iterator[bytes]:
     checksum = 0
     yield b"\x1f\x8b\x08" + bytes(6) + b"\xff"
     with ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(pack, part) for part in parts[:8]]      # so that little is packed but not written
+        waiting = deque(pool.submit(pack, part) for part in parts[:8])      # so that little is packed but not written
         for i, part in enumerate(parts):
-            yield waiting[i].result()
-            waiting[i] = None
-            waiting += [pool.submit(pack, later) for later in itertools.islice(parts, i + 8, i + 9)]
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(pack, later) for later in parts[i + 8:i + 9])
             checksum = zlib.crc32(part, checksum)
     yield b"\x03\x00" + struct.pack("<II", checksum, sum(map(len, parts)) & 0xFFFFFFFF)      # an empty last block
 

@@ -18,6 +18,7 @@ import tyro
 
 from . import __version__, config
 from .errors import BadFile, EndedElsewhere, SplatkitError
+from .lift.command import lift
 from .progress import Progress
 from .training import lift_train_verb, write_rooms
 
@@ -273,7 +274,7 @@ def doctor() -> int:
     return 0 if doctor.can_render() else 1
 
 
-VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "view": view, "export": export, "doctor": doctor, "demo": demo,
+VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "view": view, "export": export, "lift": lift, "doctor": doctor, "demo": demo,
          "rooms": write_rooms, "lift-train": lift_train_verb}
 LAYERED = ("reconstruct", "lift-train")     # verbs that are made of the command line: their defaults are those of a preset and a file that it names
 

@@ -58,7 +58,12 @@ def main():
                 sys.exit("run.py: no virtual environment could be made; on Debian: apt install python3-venv")
         install(python, EXTRAS[verb])
         files[EXTRAS[verb]].write_text(now)
-    command = {"demo": [str(bin_ / "splatkit"), "demo"], "test": [str(python), "-m", "pytest", "-q"]}[verb] + sys.argv[2:]
+    # A process per core, of one thread each: many tests are of one thread or of another program, and threads that wait for each other on
+    # a busy core take ten times as long as one.
+    workers = str(min(os.cpu_count() or 1, 8))
+    if verb == "test":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    command = {"demo": [str(bin_ / "splatkit"), "demo"], "test": [str(python), "-m", "pytest", "-q", "-n", workers, "--dist", "loadfile"]}[verb] + sys.argv[2:]
     os.chdir(ROOT)
     sys.stdout.flush()
     os.execv(command[0], command)

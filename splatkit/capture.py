@@ -1,4 +1,4 @@
-"""Capture: posed photos and sparse points, one result for every source; SceneHeader: how a scene must be drawn."""
+"""Capture: posed photos and sparse points, one result for every source."""
 from __future__ import annotations
 
 import functools
@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from numpy import ndarray as Array
 
 from .camera import Cameras
+from .header import SceneHeader as SceneHeader
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,3 @@ class Capture:
         depth = torch.full((camera.height * camera.width,), torch.inf)
         depth.scatter_reduce_(0, (row[inside] * camera.width + column[inside]).long(), z[inside], "amin")
         return torch.where(depth.isfinite(), depth, 0).view(camera.height, camera.width).to(camera.device)
-
-
-@dataclass(frozen=True)
-class SceneHeader:
-    """How a scene must be drawn; travels with it through every file format that has room for it.
-
-    `settings` are the names and values of RasterSettings that differ from the INRIA defaults (near, blur_px2, antialias, ...).
-    """
-
-    settings: dict[str, float | bool] = field(default_factory=dict)
-    up: tuple[float, float, float] | None = None    # unit vector in the scene's world
-    metric: bool = False                            # True when one unit is one metre
-    source: str = ""                                # what the scene was made from
-    step: int = 0                                   # optimiser steps behind it

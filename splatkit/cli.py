@@ -1,4 +1,4 @@
-"""The command line: verbs, how errors are reported, and the progress line. The only page that parses arguments or prints.
+"""The command line: verbs, how errors are reported, and the progress line. With cli_files.py, the only page that parses arguments or prints.
 
 A verb imports what it needs when it runs: torch costs seconds, and `splatkit --help` should be instant.
 """
@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from . import __version__, config
+from . import __version__, cli_distill, cli_files, config
 from .errors import BadFile, EndedElsewhere, SplatkitError
 from .lift.command import lift
 from .progress import Progress
@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `splatkit ARGV`. Exit codes: 0 done, 1 doctor found nothing to render with, 2 wrong input (one line on stderr), 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     verb, *rest = argv or ["--help"]
+    # torch's threads would wait for their next work in a loop, on the cores that the rasterizer's threads need. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if verb in ("-h", "--help", "--version"):
         print(f"splatkit {__version__}" if verb == "--version" else _help())
         return 0
@@ -204,7 +206,8 @@ def view(
     """Show scenes in a browser.
 
     Args:
-        scenes: Scene files, or run folders of `splatkit reconstruct`, which come with their photos, cameras and metrics.
+        scenes: Scene files, or run folders of `splatkit reconstruct`, which come with their photos, cameras and metrics. What another process writes there while
+            it is shown, as a run does with every checkpoint, is shown then.
         port: Of the address that is printed; 0 is any free one.
         host: Names under which browsers on other machines may reach this one. They get what is shown by plain HTTP: whoever can listen on the way sees it, and
             the token; a tunnel (ssh -L PORT:127.0.0.1:PORT) needs no --host and is safe.
@@ -212,10 +215,12 @@ def view(
     if not scenes:
         raise ValueError("nothing to show: expected a scene file or a run folder")
     from .serve import Viewer
-    from .view import opened
+    from .view import Following
 
     note = lambda line: print(line, file=sys.stderr, flush=True)
-    viewer = Viewer([opened(path, note) for path in scenes], port, host, note).start()
+    followed = Following(scenes, note)
+    viewer = Viewer(followed.shown, port, host, note).start()
+    followed.start(viewer)
     try:
         print(f"view: {viewer.url}", flush=True)
         if host:
@@ -226,6 +231,7 @@ def view(
     except KeyboardInterrupt:
         return 0
     finally:
+        followed.close()
         viewer.close(0)
 
 
@@ -274,9 +280,9 @@ def doctor() -> int:
     return 0 if doctor.can_render() else 1
 
 
-VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "view": view, "export": export, "lift": lift, "doctor": doctor, "demo": demo,
-         "rooms": write_rooms, "lift-train": lift_train_verb}
-LAYERED = ("reconstruct", "lift-train")     # verbs that are made of the command line: their defaults are those of a preset and a file that it names
+VERBS = {"reconstruct": reconstruct_verb, "lift": lift, "eval": evaluate, "render": render, "view": view, "export": export, **cli_files.VERBS,
+         "rooms": write_rooms, "lift-train": lift_train_verb, **cli_distill.VERBS, "doctor": doctor, "demo": demo}
+LAYERED = ("reconstruct", "lift-train", *cli_distill.LAYERED)     # verbs that are made of the command line: their defaults are those of a preset and a file that it names
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ class SplatkitError(Exception):
 class BadFile(SplatkitError):
     """An input file that cannot be used: which file, where in it, and why.
 
-    `where` is a byte offset, a line, an entry name or '' when the whole file is meant.
+    `where` is a byte offset, a line, an entry name or '' when the whole file is meant. What cannot be printed in it or in `why`, which may quote the file, becomes ?.
     """
 
     def __init__(self, path, where: str, why: str):
+        where, why = ("".join(c if c.isprintable() else "?" for c in text) for text in (where, why))
         super().__init__(f"{path}: {where + ': ' if where else ''}{why}")
         self.path, self.where, self.why = path, where, why
 

@@ -64,8 +64,8 @@ def run_config(run: Path, instead: str = "") -> Reconstruct:
 
 
 def scene_of(path: Path, say: Report = silent) -> tuple[Scene, SceneHeader, Reconstruct | None]:
-    """The scene of a file or of a run folder, how it must be drawn, and what the run was made with. Raises BadFile."""
-    config = run_config(path, " or a scene file") if path.is_dir() else None
+    """The scene of a file (or a folder of an unbundled SOG) or of a run folder, how it must be drawn, and what the run was made with. Raises BadFile."""
+    config = run_config(path, " or a scene file") if path.is_dir() and not (path / "meta.json").is_file() else None
     file = path / "scene.ply" if config else path
     scene, header = io.load(file, say)
     if unknown := set(header.settings) - set(RasterSettings.__dataclass_fields__):

@@ -71,7 +71,7 @@ class Page:
         """The value that the body of an async function returns; `app` is the viewer, `argument` what was given."""
         return self.browser("run", page=self.id, code=f"const app = window.splatkit; {code}", argument=argument)
 
-    def wait(self, code: str, seconds: float = 20) -> None:
+    def wait(self, code: str, seconds: float = 60) -> None:
         """Until the expression is true."""
         self.browser("wait", page=self.id, code=code, seconds=seconds)
 

@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 # Before the first import of splatkit. Users pay nothing for the annotations; here every call is checked against them. As for every
 # type checker an int is a float (PEP 484).
@@ -44,6 +44,14 @@ def native_dtype(request):
     except BackendUnavailable as why:
         pytest.skip(str(why))
     return dtype
+
+
+@pytest.fixture
+def unchecked():
+    """Without the checks of annotations, four fifths of the time of a step on a small scene: for runs of hundreds of steps, whose every call shorter runs check."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 `fuzz(name, count, seed, folder)` reads mutants of the reader's files in processes of their own, so that a crash or a hang is seen.
 """
 import dataclasses
+import gzip
 import json
 import math
 import multiprocessing
@@ -124,18 +125,37 @@ def _read_depth(folder: Path) -> int:
     return 4 * depth.nbytes
 
 
-def _scene_file(folder: Path) -> list[Path]:
+def small_scene(n: int = 20, degree: int = 1, features: int | None = None) -> Scene:
     g = torch.Generator().manual_seed(0)
     r = lambda *shape: torch.randn(*shape, generator=g)
-    io.save(folder / "s.ply", Scene(r(20, 3), r(20, 4), r(20, 3), r(20), r(20, 4, 3), r(20, 2)), SceneHeader(settings={"antialias": True}, up=(0.0, -0.6, 0.8)))
-    return [folder / "s.ply"]
+    return Scene(r(n, 3), r(n, 4), r(n, 3), r(n), r(n, (degree + 1) ** 2, 3), None if features is None else r(n, features))
 
 
-def _read_scene(folder: Path) -> int:
-    scene, header = io.load(folder / "s.ply")
+def _splats(name: str, degree: int = 1, features: int | None = None, cut_is_refused: bool = True, **options) -> Reader:
+    def make(folder):
+        io.save(folder / name, small_scene(20, degree, features), SceneHeader(settings={"antialias": True}, up=(0.0, -0.6, 0.8)), **options)
+        return sorted(path for path in folder.iterdir() if path.is_file())
+
+    return Reader(make, lambda folder: _read_scene(folder / name), cut_is_refused)
+
+
+def _read_scene(path: Path) -> int:
+    scene, header = io.load(path)
     scene.check_finite()
     _require(all(math.isfinite(x) for x in header.up or ()), "up is not finite")
     return sum(x.nbytes for x in scene.fields().values())
+
+
+def _unpacked_spz(folder: Path) -> list[Path]:
+    """Damage behind the packing, which its checksum would find at once."""
+    io.save(folder / "s.spz", small_scene(), version=3)
+    (folder / "s.raw").write_bytes(gzip.decompress((folder / "s.spz").read_bytes()))
+    return [folder / "s.raw"]
+
+
+def _read_unpacked_spz(folder: Path) -> int:
+    (folder / "s.spz").write_bytes(gzip.compress((folder / "s.raw").read_bytes(), 1))
+    return _read_scene(folder / "s.spz")
 
 
 _STATE = {"scene.means": torch.arange(60.0).reshape(20, 3), "order": torch.arange(50), "visible": torch.arange(9) < 4}
@@ -192,7 +212,12 @@ READERS = {
     "COLMAP .bin": _colmap(False), "COLMAP .txt": _colmap(True), "transforms.json": Reader(_frames, _read_frames),
     **{f"photo, {kind}": _picture(kind) for kind in _FORMATS}, "mask": Reader(_mask_files, _read_mask, cut_is_refused=False),
     "depth picture": Reader(_depth_files, _read_depth, cut_is_refused=False),
-    "PLY": Reader(_scene_file, _read_scene), "checkpoint": Reader(_checkpoint_file, _read_checkpoint),
+    "PLY": _splats("s.ply", features=2), "compressed PLY": _splats("s.compressed.ply"),
+    ".splat": _splats("s.splat", 0, cut_is_refused=False),     # whole records may be missing: test_formats.py cuts it inside one
+    "SPZ 3": _splats("s.spz"), "SPZ 3 behind its packing": Reader(_unpacked_spz, _read_unpacked_spz), "SPZ 4": _splats("s.spz", version=4),
+    **{f"KSPLAT level {level}": _splats("s.ksplat", 2, level=level) for level in (0, 2)},
+    "SOG": _splats("s.sog"), "SOG in a folder": _splats("meta.json"), "glTF": _splats("s.glb"), "safetensors": _splats("s.safetensors", features=2),
+    "checkpoint": Reader(_checkpoint_file, _read_checkpoint),
     "lifting checkpoint": Reader(_lifting_file, _read_lifting, mutants=500), "RE10K chunk": Reader(_chunk_file, _read_chunk, mutants=500),
     "YAML config": Reader(_yaml_file, _read_yaml, cut_is_refused=False, error=BadConfig),      # a shorter list of settings is a list of settings
 }

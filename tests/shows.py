@@ -52,8 +52,8 @@ def photos_of(scene: Scene, folder, n: int = 3) -> list[View]:
 
 
 def complete(scene: Scene) -> str:
-    """Whether a page has all of it, as an expression."""
-    return f"window.splatkit?.scene?.count === {len(scene)} && window.splatkit.scene.logitOpacities.indexOf(-100) < 0"
+    """Whether a page has all of it, as an expression: every plane that it watches, as the server has it."""
+    return f"window.splatkit?.scene?.count === {len(scene)} && window.splatkit.complete()"
 
 
 class Shows:

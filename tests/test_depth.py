@@ -149,7 +149,7 @@ def depth_error(run, exact, held=(0, 5)) -> float:
 
 
 @pytest.mark.parametrize("source", ["points", "sensor"])
-def test_depth_supervision_brings_the_surfaces_of_unseen_views_nearer_to_the_truth(room, rgbd, exact, tmp_path, cpu_library, source):
+def test_depth_supervision_brings_the_surfaces_of_unseen_views_nearer_to_the_truth(room, rgbd, exact, tmp_path, cpu_library, unchecked, source):
     data = {"points": room, "sensor": rgbd}[source]
     few = {"steps": 400, "hold_every": 5}
     without = reconstruct(settings(data, tmp_path / "without", **few))
@@ -178,7 +178,7 @@ def test_without_sparse_points_a_run_starts_from_the_depth_of_the_photos_that_tr
     assert inside.sum() > 500 and (ahead.abs() < 0.05).float().mean() > 0.5 and (ahead > -0.1).float().mean() > 0.9      # on the surface that photo 1 sees, or behind it
 
 
-def test_without_points_and_depth_a_run_starts_from_random_points_and_learns(room, tmp_path, cpu_library):
+def test_without_points_and_depth_a_run_starts_from_random_points_and_learns(room, tmp_path, cpu_library, unchecked):
     capture, said = dataclasses.replace(load_capture(room), points=np.zeros((0, 3)), points_rgb=np.zeros((0, 3), np.uint8), point_views=()), []
     scene = first_scene(capture, [1, 2, 3, 4], settings(room, tmp_path, max_gaussians=500), said.append)
     assert len(scene) == 500 and "random points" in said[0]

@@ -27,19 +27,19 @@ def run(photos, folder, steps=200, **changes):
 
 @pytest.mark.parametrize("kind", ["mcmc", "adc", "none"])
 @pytest.mark.parametrize("adamw", [AdamWGS(), ALL], ids=["adam", "adamw-gs"])
-def test_every_way_to_grow_learns_with_either_optimiser(photos, tmp_path, cpu_library, kind, adamw):
+def test_every_way_to_grow_learns_with_either_optimiser(photos, tmp_path, cpu_library, unchecked, kind, adamw):
     result, scene = run(photos, tmp_path, densification=kind, adc=QUICK_ADC, adamw=adamw)
     assert result.psnr > 16 and all(x.isfinite().all() for x in scene.fields().values())
     assert len(scene) == len(load_capture(photos).points) if kind == "none" else 0 < len(scene) <= 700
 
 
-def test_clone_and_split_grow_to_the_cap_and_beat_a_fixed_number(photos, tmp_path, cpu_library):
+def test_clone_and_split_grow_to_the_cap_and_beat_a_fixed_number(photos, tmp_path, cpu_library, unchecked):
     grown, scene = run(photos, tmp_path / "a", 400, densification="adc", adc=QUICK_ADC, max_gaussians=1500)
     fixed, _ = run(photos, tmp_path / "b", 400, densification="none")
     assert 900 < len(scene) <= 1500 and grown.psnr > fixed.psnr
 
 
-def test_an_adc_run_with_resets_repeats_itself(photos, tmp_path, cpu_library):
+def test_an_adc_run_with_resets_repeats_itself(photos, tmp_path, cpu_library, unchecked):
     changes = dict(densification="adc", adc=dataclasses.replace(QUICK_ADC, reset_every=60), adamw=ALL)
     assert same(run(photos, tmp_path / "a", 140, **changes)[1], run(photos, tmp_path / "b", 140, **changes)[1])
 
@@ -71,7 +71,7 @@ def test_antialiasing_travels_in_the_header(photos, tmp_path, cpu_library):
 
 
 @pytest.mark.parametrize("kind", ["mcmc", "adc"])
-def test_a_resumed_run_is_the_run_without_a_break_bit_by_bit(photos, tmp_path, cpu_library, kind):
+def test_a_resumed_run_is_the_run_without_a_break_bit_by_bit(photos, tmp_path, cpu_library, unchecked, kind):
     changes = dict(steps=90, densification=kind, adc=dataclasses.replace(QUICK_ADC, reset_every=60), adamw=ALL, save_every=25)
     reconstruct(settings(photos, tmp_path / "whole", **changes))
     whole = io.load(tmp_path / "whole" / "scene.ply")[0]

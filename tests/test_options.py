@@ -19,7 +19,7 @@ from test_growth import QUICK_ADC, run
 from test_reconstruct import photos, same, settings      # noqa: F401 (a fixture)
 
 
-def test_a_warm_start_begins_where_the_scene_file_ends(photos, tmp_path, cpu_library):
+def test_a_warm_start_begins_where_the_scene_file_ends(photos, tmp_path, cpu_library, unchecked):
     before, scene = run(photos, tmp_path / "a", 150)
     after, _ = run(photos, tmp_path / "b", 1, init=tmp_path / "a" / "scene.ply", densification="none")
     assert abs(after.psnr - before.psnr) < 0.5 and after.gaussians == len(scene)
@@ -53,7 +53,7 @@ def test_a_random_background_changes_every_step_and_repeats_itself(photos, tmp_p
     assert same(one, run(photos, tmp_path / "b", 12, random_background=True)[1])
 
 
-def test_an_antialiased_run_says_so_in_its_scene_and_is_compared_so(photos, tmp_path, cpu_library):
+def test_an_antialiased_run_says_so_in_its_scene_and_is_compared_so(photos, tmp_path, cpu_library, unchecked):
     smooth, scene = run(photos, tmp_path / "a", 200, antialias=True)
     assert io.load(tmp_path / "a" / "scene.ply")[1].settings == {"antialias": True}
     assert evaluate(tmp_path / "a").psnr == pytest.approx(smooth.psnr, abs=1e-4)
@@ -61,7 +61,7 @@ def test_an_antialiased_run_says_so_in_its_scene_and_is_compared_so(photos, tmp_
     assert abs(evaluate(tmp_path / "a").psnr - smooth.psnr) > 1e-3
 
 
-def test_a_given_background_is_what_the_scene_need_not_be(photos, tmp_path, cpu_library):
+def test_a_given_background_is_what_the_scene_need_not_be(photos, tmp_path, cpu_library, unchecked):
     shutil.copytree(photos, tmp_path / "cut")
     for path in (tmp_path / "cut" / "images").iterdir():
         pixels = np.array(Image.open(path))
@@ -136,7 +136,7 @@ def smeared(photos, tmp_path_factory):
     return folder
 
 
-def test_masked_pixels_neither_teach_nor_count(smeared, photos, tmp_path, cpu_library):
+def test_masked_pixels_neither_teach_nor_count(smeared, photos, tmp_path, cpu_library, unchecked):
     clean, _ = run(photos, tmp_path / "clean", 250)
     masked, scene = run(smeared, tmp_path / "masked", 250)
     assert masked.psnr > clean.psnr - 1
@@ -179,7 +179,7 @@ def exposed(photos, tmp_path_factory):
     return folder, gains[[i for i in range(10) if i % 5]]
 
 
-def test_gains_are_recovered_and_the_scene_has_the_mean_exposure(exposed, photos, tmp_path, cpu_library):
+def test_gains_are_recovered_and_the_scene_has_the_mean_exposure(exposed, photos, tmp_path, cpu_library, unchecked):
     folder, gains = exposed
     run(folder, tmp_path / "a", 1500, exposure=True, exposure_lr=3e-3)
     run(folder, tmp_path / "b", 1500)

@@ -82,7 +82,7 @@ def go(data, output, **changes):
     return reconstruct(settings(data, output, **{"steps": 2400, "max_gaussians": 12000, "hold_every": 8, "sh_degree": 0, "densification": "none", **changes}))
 
 
-def test_poses_half_a_degree_and_a_hundredth_off_end_with_a_quarter_of_the_error(room, tmp_path, cpu_library):
+def test_poses_half_a_degree_and_a_hundredth_off_end_with_a_quarter_of_the_error(room, tmp_path, cpu_library, unchecked):
     _, true, extent = misplaced(room, tmp_path / "off", degrees=0.5, shift=0.01)
     given = load_transforms(tmp_path / "off")
     go(tmp_path / "off", tmp_path / "run", refine=Refine(poses=True))
@@ -96,7 +96,7 @@ def test_poses_half_a_degree_and_a_hundredth_off_end_with_a_quarter_of_the_error
     assert size(found) == pytest.approx(size([p for p in given.photos if p.name in {q.name for q in found}]), rel=1e-6)
 
 
-def test_a_focal_length_two_percent_off_ends_with_less_than_half_of_the_error(room, tmp_path, cpu_library):
+def test_a_focal_length_two_percent_off_ends_with_less_than_half_of_the_error(room, tmp_path, cpu_library, unchecked):
     capture, true, _ = misplaced(room, tmp_path / "off", focal=1.02)
     given = load_transforms(tmp_path / "off")
     go(tmp_path / "off", tmp_path / "run", refine=Refine(focal=True))

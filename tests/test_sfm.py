@@ -336,7 +336,10 @@ def test_the_mapper_that_finds_most_of_the_photos_wins(data_dir, tmp_path):
     found, _ = load_source(photos, tmp_path)
     record = json.loads((tmp_path / "sfm/poses.json").read_text())
     counts = {t["mapper"]: t["registered"] for t in record["tried"]}
-    assert list(counts) == ["incremental", "relaxed", "global"] and counts["incremental"] < len(found.photos) == max(counts.values()) >= 10
+    tried, last = list(counts.values()), len(counts) - 1
+    assert list(counts) == ["incremental", "relaxed", "global"][:len(counts)]       # which of them finds enough differs between runs: COLMAP's threads race
+    assert [n < sfm.ENOUGH * 14 for n in tried[:last]] == [True] * last and (last == 2 or tried[last] >= sfm.ENOUGH * 14)
+    assert len(found.photos) == max(tried) >= 10
     assert counts[record["mapper"]] == len(record["registered"]) == len(found.photos)
     true = {p.name: p.world_to_cam for p in load_source(data_dir / "banana", tmp_path)[0].photos}
     ring = np.ptp([centre(w) for w in true.values()], axis=0).max()

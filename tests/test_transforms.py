@@ -326,7 +326,7 @@ def test_points_that_are_absent_are_reported_and_points_that_are_damaged_are_ref
     write(tmp_path, with_points(tmp_path, [(1, 2, 3), (4, 5, 6)]))
     path = tmp_path / "points.ply"
     whole = path.read_bytes()
-    for damaged, why in ((b"", "not a PLY"), (whole[:-1], "ends early"), (whole[:60], "not a PLY"),
+    for damaged, why in ((b"", "is empty"), (whole[:-1], "ends early"), (whole[:60], "no end_header"),
                          (whole.replace(b"float y", b"float q"), "x, y, z"),
                          (whole[:-15] + struct.pack("<f", math.nan) + whole[-11:], "vertex 1: its position"),
                          (whole.replace(b"uchar red", b"char red"), "vertex 0: its colour is not whole numbers")):

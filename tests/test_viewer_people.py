@@ -88,8 +88,8 @@ def test_standing_at_a_photo_compares_it_with_the_render(tab):
     tab.click(selector="#compare-difference")
     assert tab.run("return [...document.querySelectorAll('.compare canvas')].map(c => c.hidden)") == [True, False]
     tab.click(selector="#compare-flicker")
-    tab.wait("document.querySelector('.compare canvas').hidden", seconds=3)
-    tab.wait("!document.querySelector('.compare canvas').hidden", seconds=3)
+    tab.wait("document.querySelector('.compare canvas').hidden")
+    tab.wait("!document.querySelector('.compare canvas').hidden")
     tab.run("app.controls.turn(5, 0)")
     assert tab.run("return document.querySelector('.compare').hidden")
 
@@ -181,6 +181,7 @@ def test_a_camera_path_goes_through_its_keys_and_the_file_is_one_that_splatkit_f
     tab.click(selector="#play")
     tab.wait("document.querySelector('#play').innerText === 'Stop'")
     tab.click(selector="#play")
+    tab.wait("document.querySelector('#play').innerText === 'Preview'")
 
 
 def test_a_picture_is_saved_as_it_is_seen(tab, tmp_path):

@@ -12,17 +12,19 @@ from ..errors import BadFile
 from .photos import _photo_file, _same_shape, _stored
 
 
-def load_depth(photo: Photo, width: int | None = None, height: int | None = None) -> Float[Array, "H W"] | None:
+def load_depth(photo: Photo, width: int | None = None, height: int | None = None, slack: float = 0.0) -> Float[Array, "H W"] | None:
     """Camera z at each pixel, world units, 0 where it is not known; None for a photo without a depth picture.
 
     The size is the photo's own unless given. A smaller picture has the nearest known depth of each pixel's area, so that edges stay
-    edges. Raises BadFile when the file is cut, damaged, not 16 bits of grey or of another shape than its photo.
+    edges. Raises BadFile when the file is cut, damaged, not 16 bits of grey or of another shape than its photo, whose ratio of sides may
+    differ by `slack` (ScanNet's colour and depth are stored 0.4 % apart).
     """
     if photo.depth is None:
         return None
     with _photo_file(photo.depth) as image:
         stored, _ = _stored(image)
-        if not image.mode.startswith("I") or not _same_shape(stored, (photo.width, photo.height)):
+        alike = _same_shape(stored, (photo.width, photo.height)) or abs(stored[0] * photo.height / (stored[1] * photo.width) - 1) <= slack
+        if not image.mode.startswith("I") or not alike:
             raise BadFile(photo.depth, "", f"{stored[0]}x{stored[1]} of kind {image.mode!r}; expected 16 bits of grey in the shape of its photo, {photo.width}x{photo.height}")
         image.load()
         steps = np.asarray(image).astype(np.float32)

@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import asdict
 
-from ..capture import SceneHeader
+from ..header import SceneHeader
 
 UNSAID = SceneHeader()      # what a file means that says nothing about how to draw it: the INRIA defaults
 

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -21,8 +20,9 @@ from numpy import ndarray as Array
 
 from ..capture import Capture, Photo
 from ..errors import BadFile
-from . import ply
 from .photos import _MODES, _inside, _photo_file, _refuse_same_file_twice, _stored, fitted, undistorted
+from .ply import vertex_records
+from .ply_header import read_header
 from .reading import Report, opened, silent, size_of
 
 FILES = ("transforms.json", "transforms_train.json")    # what makes a folder a capture; the first one counts
@@ -294,16 +294,11 @@ def _points(path: Path, top: dict, report: Report) -> tuple[Float[Array, "P 3"],
         report(f"{source}: no such file, so there are no sparse points")
         return np.zeros((0, 3)), np.zeros((0, 3), np.uint8)
     with opened(source) as file:
-        head = file.read(ply.HEADER_MAX)
-        end = re.search(rb"\nend_header[ \t]*\r?\n", head)
-        if not head.startswith((b"ply\n", b"ply\r\n")) or end is None:
-            raise BadFile(source, "header", "not a PLY file")
-        order, elements, _ = ply._parse_header(source, head[:end.start()])
-        vertex = next((e for e in elements if e.name == "vertex"), None)
+        header = read_header(source, file)
+        vertex = header.element("vertex")
         if vertex is None or vertex.has_list or not {*"xyz"} <= vertex.types.keys():
             raise BadFile(source, "header", "expected an element vertex with x, y, z and no lists")
-        file.seek(end.end())
-        rows = ply._vertex_records(source, file, order, elements)
+        rows = vertex_records(source, file, header)
     undo = _undo(top, partial(BadFile, path))
     xyz = np.stack([rows[name].astype(np.float64) for name in "xyz"], axis=1)
     rgb = np.full((len(rows), 3), 128.0)

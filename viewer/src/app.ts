@@ -6,7 +6,7 @@ import { Emitter } from "./emitter";
 import { reasonOf } from "./errors";
 import type { Look, Rgb } from "./mapping";
 import { Overlay } from "./overlay";
-import { copyOf, fitted, lookAt, poseOf, unproject, viewOf, type Pose, type View } from "./pose";
+import { copyOf, fitted, forwardOf, lookAt, poseOf, unproject, viewOf, type Pose, type View } from "./pose";
 import { DEFAULT_HEADER, whereabouts, type SplatScene } from "./scene";
 import { Stage } from "./stage";
 import { attributeOf, depthRange, pcaOf, quantile, similarityTo } from "./views";
@@ -36,6 +36,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
   pca: Pca | null = null;
   heat: ((name: string) => Promise<Float32Array>) | null = null;
   heatName = "";
+  complete = (): boolean => !!this.scene; // nothing of the scene is on its way
   pose: Pose = lookAt(new Vector3(0, 0, -3), new Vector3(), new Vector3(0, -1, 0), FOV);
   up = new Vector3(0, -1, 0);
   size = 1;
@@ -47,11 +48,13 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
   grabber: Grab | null = null;
   private ownBackground: Rgb = [0, 0, 0];
   private chosenBackground: Rgb | null = null;
+  private chosen = false; // somebody moved the camera since it was placed to show the scene
   private query: Float32Array | null = null; // features that similarity is measured to
 
   constructor(readonly canvas: HTMLCanvasElement) {
     super();
     this.stage = new Stage(canvas, () => this.view(), (view) => this.over(view), (text) => this.say(text, "error", "stage"));
+    document.documentElement.classList.toggle("software", this.stage.software);
     this.overlay = new Overlay(canvas, this.stage.gl);
     this.controls = new Controls(canvas, this);
     new ResizeObserver(() => this.stage.invalidate()).observe(canvas);
@@ -88,16 +91,31 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
     this.stage.invalidate();
   }
 
-  /** Rows that came or changed. */
-  update(first: number, last: number): void {
-    this.stage.update(first, last);
+  /** Rows that came, or changed, with `more` of these on the way. */
+  update(first: number, last: number, more = false): void {
+    this.stage.update(first, last, more);
+  }
+
+  /** The first rows of the scene came, or the last: it is placed in the picture, but never against a camera that somebody has chosen meanwhile. */
+  arrived(first: boolean): void {
+    if (!this.chosen) return this.home();
+    this.measure();
+    this.setCameras(this.cameras);
+    if (!first || this.captureIndex !== null) return;
+    // A turn before there was anything to see chose a direction, and no more.
+    const distance = this.size / Math.sin(FOV / 2), position = this.centre.clone().addScaledVector(forwardOf(this.pose), -distance);
+    this.setPose({ ...this.pose, position, distance });
+  }
+  private measure(): void {
+    const { centre, radius } = whereabouts(this.scene!);
+    this.centre = new Vector3(...centre);
+    this.size = radius;
   }
 
   /** The whole scene from the side of the first capture camera, or from anywhere. */
   home(): void {
-    const { centre, radius } = whereabouts(this.scene!);
-    this.centre = new Vector3(...centre);
-    this.size = radius;
+    this.measure();
+    const { size: radius } = this;
     const first = this.cameras[0], distance = radius / Math.sin(FOV / 2);
     if (first) {
       const p = poseOf(first.world_to_cam, FOV, 1), far = p.position.distanceTo(this.centre);
@@ -109,6 +127,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
     }
     this.setCameras(this.cameras);
     this.moved();
+    this.chosen = false;
   }
 
   // ---- camera
@@ -129,6 +148,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
     this.moved();
   }
   moved(): void {
+    this.chosen = true;
     if (this.captureIndex !== null) {
       this.captureIndex = null;
       this.overlay.choose(null);
@@ -146,6 +166,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
     pose.distance = Math.max(this.centre.clone().sub(pose.position).dot(new Vector3(0, 0, 1).applyQuaternion(pose.rotation)), 0.2 * this.size);
     this.pose = pose;
     this.captureIndex = index;
+    this.chosen = true;
     this.overlay.choose(index);
     this.stage.invalidate();
     this.emit("capture", index);

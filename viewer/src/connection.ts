@@ -1,6 +1,8 @@
 /** The line to `splatkit view`: scenes over HTTP and a socket, under a token that came in the address. A lost line is tried again, and nothing of the page is forgotten. */
 import { Emitter } from "./emitter";
 import { reasonOf } from "./errors";
+import type { Rgb } from "./mapping";
+import type { View } from "./pose";
 import { blankScene, type SplatScene } from "./scene";
 import { readManifest, readMessage, writeChunk, readHeat, type Manifest, type Plane } from "./wire";
 
@@ -14,9 +16,9 @@ export interface Metrics {
 export interface ConnectionEvents {
   state: "connecting" | "open" | "lost" | "done" | "refused";
   manifest: { manifest: Manifest; scene: SplatScene; fresh: boolean };
-  chunk: { first: number; last: number; plane: Plane };
+  chunk: { first: number; last: number; plane: Plane; more: boolean }; // more: of an update of what was whole before
   metrics: Metrics;
-  first: void; // every row of a scene is there
+  rows: { first: boolean }; // the first rows of a scene have come, or all have
   error: string;
 }
 
@@ -47,7 +49,8 @@ export class Connection extends Emitter<ConnectionEvents> {
   private planes: Plane[] = ["core", "sh"];
   private scene: SplatScene | null = null;
   manifest: Manifest | null = null;
-  private missing = new Set<number>(); // chunks of core that have not come yet
+  private have = new Map<string, number>(); // version by plane and chunk
+  private shown: "nothing" | "some" | "all" = "nothing"; // of the rows of the scene
   private acknowledging = 0;
   private metrics: Metrics = { steps: [], loss: [], psnr: [], count: [] };
 
@@ -55,8 +58,8 @@ export class Connection extends Emitter<ConnectionEvents> {
     super();
   }
 
-  async get(path: string): Promise<Response> {
-    const reply = await fetch(path, { headers: { Authorization: `Bearer ${this.token}` }, cache: "no-store" });
+  async get(path: string, body?: object): Promise<Response> {
+    const reply = await fetch(path, { headers: { Authorization: `Bearer ${this.token}` }, cache: "no-store", ...(body && { method: "POST", body: JSON.stringify(body) }) });
     if (!reply.ok) throw new Error(reply.status === 401 || reply.status === 403 ? "the server does not know this page's token; open the link that `splatkit view` printed" : `${path}: the server answered ${reply.status}`);
     return reply;
   }
@@ -68,13 +71,19 @@ export class Connection extends Emitter<ConnectionEvents> {
     return (await this.get(`/api/scene/${encodeURIComponent(this.sceneId)}/photo/${index}`)).blob();
   }
 
-  /** One heat channel of every Gaussian, by its place in the manifest's list. */
-  async heat(channel: number): Promise<Float32Array> {
+  /** PNG of the scene as the server has it, by the rasterizer that runs draw with. */
+  async frame(view: View, background: Rgb): Promise<Blob> {
+    const { width, height } = view, camera = { world_to_cam: Array.from(view.worldToCam), K: Array.from(view.K), width, height };
+    return (await this.get(`/api/scene/${encodeURIComponent(this.sceneId)}/frame`, { ...camera, background: Array.from(background) })).blob();
+  }
+
+  /** One heat of every Gaussian, by its name in the manifest. */
+  async heat(name: string): Promise<Float32Array> {
     const m = this.manifest!, out = new Float32Array(m.count);
-    for (let k = 0; k < m.chunks.length; k++) {
-      const n = m.chunks[k]!.count, bytes = new Uint8Array(await (await this.get(`/api/scene/${encodeURIComponent(m.id)}/chunk/${k}/heat`)).arrayBuffer());
-      const { channels, values } = readHeat(n, bytes);
-      if (channel < channels) for (let i = 0; i < n; i++) out[k * m.chunk_size + i] = values[channels * i + channel]!;
+    for (const [k, { count }] of m.chunks.entries()) {
+      const bytes = await (await this.get(`/api/scene/${encodeURIComponent(m.id)}/chunk/${k}/heat?name=${encodeURIComponent(name)}`)).arrayBuffer();
+      const { channels, values } = readHeat(count, new Uint8Array(bytes));
+      for (let i = 0; i < count; i++) out[k * m.chunk_size + i] = values[channels * i]!;
     }
     return out;
   }
@@ -90,10 +99,20 @@ export class Connection extends Emitter<ConnectionEvents> {
     return scene;
   }
 
+  /** Whether all that is watched is there as the newest manifest has it. */
+  get complete(): boolean {
+    return !!this.manifest && this.planes.every((plane) => !has(this.manifest!, plane) || this.lacking(plane) === 0);
+  }
+  private lacking(plane: Plane): number {
+    return this.manifest!.chunks.filter((chunk, k) => this.have.get(`${plane} ${k}`) !== chunk.version).length;
+  }
+
   /** Watches a scene; what was watched before is left. */
   watch(sceneId: string): void {
     this.sceneId = sceneId;
     this.scene = this.manifest = null;
+    this.shown = "nothing";
+    this.have.clear();
     this.metrics = { steps: [], loss: [], psnr: [], count: [] };
     this.ended = false;
     if (this.socket?.readyState === WebSocket.OPEN) this.sendWatch();
@@ -123,6 +142,7 @@ export class Connection extends Emitter<ConnectionEvents> {
     this.emit("state", "connecting");
     const socket = (this.socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/api/socket`));
     let heard = false;
+    this.have.clear(); // a server that was started anew counts its versions anew
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
       this.send({ type: "hello", token: this.token });
@@ -160,7 +180,6 @@ export class Connection extends Emitter<ConnectionEvents> {
   private takeManifest(manifest: Manifest): void {
     if (manifest.id !== this.sceneId) return;
     const before = this.manifest;
-    if (!this.scene || before?.id !== manifest.id) this.missing = new Set(manifest.chunks.keys());
     const fresh = !this.scene || !before || before.count !== manifest.count || before.sh_degree !== manifest.sh_degree;
     if (fresh) this.scene = grown(this.scene, manifest);
     this.scene!.header = manifest.header;
@@ -175,8 +194,14 @@ export class Connection extends Emitter<ConnectionEvents> {
       if (!manifest || rows === undefined) return;
       const first = m.chunk * manifest.chunk_size;
       writeChunk(this.scene!, m.plane, first, rows, m.data);
-      this.emit("chunk", { first, last: first + rows, plane: m.plane });
-      if (m.plane === "core" && this.missing.delete(m.chunk) && !this.missing.size) this.emit("first", undefined);
+      this.have.set(`${m.plane} ${m.chunk}`, m.version);
+      this.emit("chunk", { first, last: first + rows, plane: m.plane, more: this.shown === "all" && !this.complete });
+      if (m.plane === "core" && this.shown !== "all") {
+        const shown = manifest.chunks.every((_, k) => this.have.has(`core ${k}`)) ? "all" : "some";
+        const before = this.shown;
+        this.shown = shown;
+        if (shown !== before) this.emit("rows", { first: before === "nothing" });
+      }
     } finally {
       this.acknowledge(m.frame);
     }
@@ -199,7 +224,8 @@ export class Connection extends Emitter<ConnectionEvents> {
       const bytes = new Uint8Array(await (await this.get(`/api/scene/${encodeURIComponent(m!.id)}/chunk/${k}/features`)).arrayBuffer());
       if (this.scene !== scene) return;
       writeChunk(scene!, "features", k * m!.chunk_size, chunk.count, bytes);
-      this.emit("chunk", { first: k * m!.chunk_size, last: k * m!.chunk_size + chunk.count, plane: "features" });
+      this.have.set(`features ${k}`, chunk.version);
+      this.emit("chunk", { first: k * m!.chunk_size, last: k * m!.chunk_size + chunk.count, plane: "features", more: false });
     }
   }
 
@@ -223,6 +249,8 @@ export class Connection extends Emitter<ConnectionEvents> {
     this.emit("metrics", all);
   }
 }
+
+const has = (m: Manifest, plane: Plane): boolean => (plane === "sh" ? m.sh_degree > 0 : plane !== "features" || !!m.features);
 
 /** A scene of the manifest's size that keeps the rows that were there. */
 function grown(before: SplatScene | null, manifest: Manifest): SplatScene {

@@ -19,18 +19,21 @@ const commands = {
     await page.goto(url);
     return id;
   },
+  async goto({ page, url }) {
+    await pages.get(page).page.goto(url);
+  },
   async run({ page, code, argument }) {
     const late = new Promise((_, failed) => setTimeout(failed, 30_000, new Error("the page took over 30 s")).unref());
     return Promise.race([pages.get(page).page.evaluate(`(async (argument) => { ${code} })(${JSON.stringify(argument ?? null)})`), late]);
   },
-  async wait({ page, code, seconds = 20 }) {
+  async wait({ page, code, seconds = 60 }) {
     await pages.get(page).page.waitForFunction(new Function(`return (${code})`), null, { timeout: 1000 * seconds, polling: 50 });
   },
   async click({ page, selector }) {
-    await pages.get(page).page.click(selector, { timeout: 8000 });
+    await pages.get(page).page.click(selector, { timeout: 30000 });
   },
   async fill({ page, selector, text }) {
-    await pages.get(page).page.fill(selector, text, { timeout: 8000 });
+    await pages.get(page).page.fill(selector, text, { timeout: 30000 });
   },
   async press({ page, key }) {
     await pages.get(page).page.keyboard.press(key);

@@ -1,0 +1,178 @@
+"""One sample of a step: the label, and the loss of what the student makes of the target photo (paper, section 3 and eq. 5)."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from .config import Distill
+from .geometry import Geometry
+from .head import cross_entropy, mean_over_valid, prototype_entropy, token_losses
+from .label import Label, labels_of
+from .samples import Sample
+from .student import Student, Teacher
+from .views import View
+
+MATCH_TEMPERATURE = 0.07        # of correspondence: what contrastive losses on unit vectors have (He et al. 2020)
+DEPTH_AGREES = 0.03             # relative: a point is seen by both photos
+
+
+@dataclass
+class Tally:
+    """Sums over the samples since the last line of metrics, by name."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, **values: float | Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value)
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        out = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.sums.clear()
+        self.counts.clear()
+        return out
+
+
+@dataclass
+class Center:
+    """The running mean of the teacher's scores, for centering; its next value waits until the optimiser's step is done, so that a batch shares one."""
+
+    value: Tensor | None
+    momentum: float
+    sums: Tensor | None = None
+    count: int = 0
+
+    def see(self, scores: Float[Tensor, "T K"]) -> None:
+        self.sums = scores.sum(0) if self.sums is None else self.sums + scores.sum(0)
+        self.count += len(scores)
+
+    def step(self, total: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        """`total` adds up over processes."""
+        if self.value is None:
+            return
+        seen = torch.cat([self.value * 0 if self.sums is None else self.sums, self.value.new_tensor([float(self.count)])])
+        seen = total(seen)
+        if seen[-1] > 0:
+            self.value = self.momentum * self.value + (1 - self.momentum) * seen[:-1] / seen[-1]
+        self.sums, self.count = None, 0
+
+
+@torch.no_grad()
+def make_labels(samples: list[Sample], teacher: Teacher, geometry: Geometry | None, config: Distill, precision: contextlib.AbstractContextManager) -> list[Label]:
+    """Of every target photo of the samples, in order. Without geometry (method self) the teacher's own features of the target photo."""
+    out: list[Label] = []
+    for sample in samples:
+        photos = lambda views: torch.stack([v.photo for v in views])
+        with precision:
+            own = None
+            if config.method == "self" or config.label.blend < 1 and (config.label.regions == "kmeans" or any(v.labels is None for v in sample.targets)):
+                own = teacher.model.backbone(photos(sample.targets)).float()
+            context = None if config.method == "self" else teacher.model.backbone(photos(sample.contexts)).float()
+        if config.method == "self":
+            out += [Label(tokens, _kept(view, tokens)) for tokens, view in zip(own, sample.targets)]
+        else:
+            out += labels_of(geometry(sample), context, sample.contexts, sample.targets, own, config.label, config.geometry.optimise)
+    return out
+
+
+def _kept(view: View, tokens: Float[Tensor, "h w C"]):
+    """Tokens at least half of whose patch a photo's mask keeps."""
+    h, w = tokens.shape[:2]
+    if view.kept is None:
+        return torch.ones(h, w, dtype=torch.bool, device=tokens.device)
+    return F.adaptive_avg_pool2d(view.kept[None].float(), (h, w))[0] >= 0.5
+
+
+def loss_of(samples: list[Sample], student: Callable, teacher: Teacher, labels: list[Label], config: Distill, center: Center, precision, tally: Tally) -> Float[Tensor, ""]:
+    """The mean over target photos of the mean loss over their valid tokens; a photo without a valid token counts as 0. `student` is the Student, or
+    what wraps it for several processes.
+
+    The paper's mean is over all tokens at once; a mean of means can be added up over micro-batches and processes without one knowing the others' counts.
+    """
+    photos = torch.stack([v.photo for sample in samples for v in sample.targets])
+    valid = torch.stack([label.valid for label in labels])
+    counted_as_zero = config.label.coverage == "zero" and config.method == "geometry"
+    with precision:
+        tokens, scores = student(photos, valid if counted_as_zero else None)
+    wanted = torch.stack([label.tokens for label in labels])
+    if counted_as_zero:
+        wanted, counts = wanted * valid[..., None], torch.ones_like(valid)
+    else:
+        counts = valid
+    flat = counts.flatten(1)
+    if config.loss.kind == "dino":
+        head = student.module.head if hasattr(student, "module") else student.head
+        with torch.no_grad(), precision:
+            theirs = (head if config.head.shared else teacher.model.head)(wanted).float()
+        center.see(theirs[counts]) if config.loss.centering == "mean" else None
+        loss, excess = cross_entropy(scores.flatten(0, 2), theirs.flatten(0, 2), config.loss.student_temperature, config.loss.teacher_temperature,
+                                     center.value, config.loss.centering == "sinkhorn")
+        tally.add(excess=torch.stack([mean_over_valid(e, v) for e, v in zip(excess.view_as(flat), flat)]).mean(),
+                  prototype_entropy=prototype_entropy(theirs.flatten(0, 2), config.loss.teacher_temperature))
+    else:
+        loss = token_losses(config.loss.kind, tokens.flatten(0, 2), wanted.flatten(0, 2))
+    norms = tokens.detach().norm(dim=-1)[valid].mean() / wanted.norm(dim=-1)[valid].mean() if bool(valid.any()) else 1.0
+    tally.add(valid=valid.float().mean(), norm_ratio=norms, without_valid=(~valid.flatten(1).any(1)).float().mean())
+    return torch.stack([mean_over_valid(one, v) for one, v in zip(loss.view_as(flat), flat)]).mean()
+
+
+def correspondence_loss(samples: list[Sample], student: Callable, precision, tally: Tally) -> Float[Tensor, ""]:
+    """Cross-entropy of finding, among all points that both photos see, the feature of the same point in the other photo.
+
+    MEF (You et al. 2024) ranks with SmoothAP where this has the softmax of contrastive learning. Pairs are the target and the first context
+    photo; a pair without 2 common points counts as 0.
+    """
+    pairs = [(sample.targets[0], sample.contexts[0]) for sample in samples]
+    with precision:
+        tokens, _ = student(torch.stack([view.photo for pair in pairs for view in pair]))
+    losses = []
+    for (a, b), (fa, fb) in zip(pairs, tokens.unflatten(0, (len(pairs), 2))):
+        at_a, at_b = common_points(a, b, *fa.shape[:2])
+        tally.add(common_points=len(at_a))
+        ones, others = (F.normalize(sample_at(f, at, view), dim=1) for f, at, view in ((fa, at_a, a), (fb, at_b, b)))
+        scores = ones @ others.T / MATCH_TEMPERATURE
+        same = torch.arange(len(scores), device=scores.device)
+        losses.append((F.cross_entropy(scores, same) + F.cross_entropy(scores.T, same)) / 2 if len(same) > 1 else tokens.sum() * 0)
+    return torch.stack(losses).mean()
+
+
+def common_points(a: View, b: View, h: int, w: int) -> tuple[Float[Tensor, "P 2"], Float[Tensor, "P 2"]]:
+    """Centres of the h x w patches of `a` whose point `b` sees too, in pixels of each."""
+    height, width = a.depth.shape
+    y, x = torch.meshgrid((torch.arange(h, device=a.depth.device) + 0.5) * (height / h), (torch.arange(w, device=a.depth.device) + 0.5) * (width / w), indexing="ij")
+    at = torch.stack([x.flatten(), y.flatten()], dim=1)
+    z = a.depth[at[:, 1].long(), at[:, 0].long()]
+    place, depth = project(unproject(at, z, a), b)
+    row, column = place[:, 1].floor().long(), place[:, 0].floor().long()
+    inside = (z > 0) & (depth > 0) & (row >= 0) & (row < b.depth.shape[0]) & (column >= 0) & (column < b.depth.shape[1])
+    seen = b.depth[row.clamp(0, b.depth.shape[0] - 1), column.clamp(0, b.depth.shape[1] - 1)]
+    both = inside & ((seen - depth).abs() < DEPTH_AGREES * depth)
+    return at[both], place[both]
+
+
+def unproject(at: Float[Tensor, "P 2"], z: Float[Tensor, " P"], view: View) -> Float[Tensor, "P 3"]:
+    """World points at pixel places and camera depths."""
+    K, pose = view.camera.K[0], view.camera.world_to_cam[0]
+    local = torch.cat([(at - K[:2, 2]) / torch.stack([K[0, 0], K[1, 1]]) * z[:, None], z[:, None]], dim=1)
+    return (local - pose[:3, 3]) @ pose[:3, :3]
+
+
+def project(points: Float[Tensor, "P 3"], view: View) -> tuple[Float[Tensor, "P 2"], Float[Tensor, " P"]]:
+    """Pixel places and camera depths of world points."""
+    K, pose = view.camera.K[0], view.camera.world_to_cam[0]
+    local = points @ pose[:3, :3].T + pose[:3, 3]
+    return local[:, :2] / local[:, 2:].clamp(min=1e-6) * torch.stack([K[0, 0], K[1, 1]]) + K[:2, 2], local[:, 2]
+
+
+def sample_at(tokens: Float[Tensor, "h w C"], at: Float[Tensor, "P 2"], view: View) -> Float[Tensor, "P C"]:
+    """Features at pixel places, bilinear between the tokens' centres."""
+    place = at / at.new_tensor([view.camera.width, view.camera.height]) * 2 - 1
+    return F.grid_sample(tokens.permute(2, 0, 1)[None], place[None, None], mode="bilinear", padding_mode="border", align_corners=False)[0, :, 0].T

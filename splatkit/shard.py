@@ -261,6 +261,7 @@ def joined() -> Iterator[Shard]:
         return
     try:
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)      # torchrun's store keeps the addresses of processes before a restart
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         by = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"

@@ -192,6 +192,15 @@ def test_a_place_that_cannot_be_trained_on_is_one_clear_line(tmp_path, capsys, m
     assert why in said[-1] and len(said) == 1
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_chunk_that_is_cut_is_one_clear_line_wherever_it_is_read(tmp_path, capsys, cpu_library, workers):
+    write_chunk(tmp_path / "000000.torch", {"a": 3})
+    (tmp_path / "000000.torch").write_bytes((tmp_path / "000000.torch").read_bytes()[:-300])
+    assert cli.main(["lift-train", str(tmp_path), *lift_training.flags(tmp_path / "run"), "--workers", workers]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "000000.torch" in said[-1] and said[-1].startswith("splatkit: ") and len(said) == 2      # the first says what is trained
+
+
 @pytest.mark.parametrize("flags, why", [
     (["--width", "100"], "multiple of 16"), (["--contexts", "1"], "2 or more"), (["--gap", "1", "8"], "gap is"), (["--begin", "5"], "without --weights"),
     (["--loss.mse", "0"], "at least one term"), (["--loss.lpips", "0.1"], "lpips_weights"), (["--end", "20000"], "not after steps"), (["--near", "3", "--far", "2"], "above near"),
@@ -254,11 +263,11 @@ def test_a_killed_process_under_torchrun_is_started_again_and_ends_in_the_bits_o
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     run = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not list((tmp_path / "run" / "checkpoint").glob("*.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(int((tmp_path / "run" / ".lock").read_text()), signal.SIGKILL)
-        said, _ = run.communicate(timeout=120)
+        said, _ = run.communicate(timeout=240)
     finally:
         run.kill()
     assert run.returncode == 0, said[-2000:]

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from .. import config as configs
 from .. import lpips
-from ..errors import BadConfig, BadFile, Diverged
+from ..errors import BadConfig, BadFile, Diverged, SplatkitError
 from ..io import checkpoint
 from ..io.reading import Report, silent
 from ..reconstruct import _keep_lines
@@ -193,23 +193,29 @@ def halve(model: nn.Module) -> None:
 
 
 class _Numbered(torch.utils.data.Dataset):
+    """Samples by number for processes that prepare them; what goes wrong there comes back as a value, for what they raise arrives as another type."""
+
     def __init__(self, source: Source):
         self.source = source
 
-    def __getitem__(self, number: int) -> Sample:
-        return self.source(number)
+    def __getitem__(self, number: int) -> Sample | Exception:
+        try:
+            return self.source(number)
+        except (SplatkitError, ValueError, OSError) as why:
+            return why
 
 
 def _batches(source: Source, config: LiftTrain, done: int, shard: Shard) -> Iterator[Sample]:
     """This process's batches of the steps after `done`: sample n of the training is number n of all processes together."""
-    def numbers() -> Iterator[list[int]]:
-        for step in range(done, config.last):
-            for i in range(config.accumulate):
-                first = ((step * config.accumulate + i) * shard.world + shard.rank) * config.batch
-                yield list(range(first, first + config.batch))
+    firsts = [((step * config.accumulate + i) * shard.world + shard.rank) * config.batch for step in range(done, config.last) for i in range(config.accumulate)]
+    numbers = [list(range(first, first + config.batch)) for first in firsts]
     if config.workers == 0:
-        return (collated([source(number) for number in some]) for some in numbers())
-    return iter(DataLoader(_Numbered(source), batch_sampler=list(numbers()), num_workers=config.workers, collate_fn=collated, generator=torch.Generator().manual_seed(0)))
+        yield from (collated([source(number) for number in some]) for some in numbers)
+        return
+    for some in DataLoader(_Numbered(source), batch_sampler=numbers, num_workers=config.workers, collate_fn=list, generator=torch.Generator().manual_seed(0)):
+        if wrong := [x for x in some if isinstance(x, Exception)]:
+            raise wrong[0]
+        yield collated(some)
 
 
 def _averaged(sums: dict[str, Tensor], shard: Shard) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ import tyro
 
 from . import __version__, cli_distill, cli_files, config
 from .errors import BadFile, EndedElsewhere, SplatkitError
+from .lift.command import lift
 from .progress import Progress
 from .training import lift_train_verb, write_rooms
 
@@ -205,7 +206,8 @@ def view(
     """Show scenes in a browser.
 
     Args:
-        scenes: Scene files, or run folders of `splatkit reconstruct`, which come with their photos, cameras and metrics.
+        scenes: Scene files, or run folders of `splatkit reconstruct`, which come with their photos, cameras and metrics. What another process writes there while
+            it is shown, as a run does with every checkpoint, is shown then.
         port: Of the address that is printed; 0 is any free one.
         host: Names under which browsers on other machines may reach this one. They get what is shown by plain HTTP: whoever can listen on the way sees it, and
             the token; a tunnel (ssh -L PORT:127.0.0.1:PORT) needs no --host and is safe.
@@ -213,10 +215,12 @@ def view(
     if not scenes:
         raise ValueError("nothing to show: expected a scene file or a run folder")
     from .serve import Viewer
-    from .view import opened
+    from .view import Following
 
     note = lambda line: print(line, file=sys.stderr, flush=True)
-    viewer = Viewer([opened(path, note) for path in scenes], port, host, note).start()
+    followed = Following(scenes, note)
+    viewer = Viewer(followed.shown, port, host, note).start()
+    followed.start(viewer)
     try:
         print(f"view: {viewer.url}", flush=True)
         if host:
@@ -227,6 +231,7 @@ def view(
     except KeyboardInterrupt:
         return 0
     finally:
+        followed.close()
         viewer.close(0)
 
 
@@ -275,8 +280,8 @@ def doctor() -> int:
     return 0 if doctor.can_render() else 1
 
 
-VERBS = {"reconstruct": reconstruct_verb, "eval": evaluate, "render": render, "view": view, "export": export, **cli_files.VERBS, "doctor": doctor, "demo": demo,
-         "rooms": write_rooms, "lift-train": lift_train_verb, **cli_distill.VERBS}
+VERBS = {"reconstruct": reconstruct_verb, "lift": lift, "eval": evaluate, "render": render, "view": view, "export": export, **cli_files.VERBS,
+         "rooms": write_rooms, "lift-train": lift_train_verb, **cli_distill.VERBS, "doctor": doctor, "demo": demo}
 LAYERED = ("reconstruct", "lift-train", *cli_distill.LAYERED)     # verbs that are made of the command line: their defaults are those of a preset and a file that it names
 
 

@@ -1,4 +1,4 @@
-"""Verbs of the command line that are about scene files: info, convert. Parses and prints, as cli.py, which lists them, does."""
+"""Verbs of the command line that are about scene files: info, convert, compress, mesh. Parses and prints, as cli.py, which lists them, does."""
 from __future__ import annotations
 
 import sys
@@ -62,4 +62,69 @@ def convert(
     return 0
 
 
-VERBS = {"info": info, "convert": convert}
+def compress(
+    scene: _Scene,
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="OUT")],
+    loss: float = 0.002,
+    max_gaussians: int | None = None,
+    sh_degree: int | None = None,
+    spz_version: int | None = None,
+    ksplat_level: int | None = None,
+) -> int:
+    """Write a scene small, and say what that costs in PSNR.
+
+    Args:
+        scene: A run folder, whose photos say what counts, or a scene file, around which an orbit does.
+        output: .spz, .sog, .ksplat, .compressed.ply or .splat.
+        loss: Leave out the Gaussians that show least, so many that together they have this share in the pictures.
+        max_gaussians: Leave out more of them until so many are left.
+        sh_degree: Leave out SH coefficients above it.
+        spz_version: 2 or 3 (default; gzip), or 4 (Zstandard, not read everywhere).
+        ksplat_level: 0 (float32), 1 (default) or 2 (SH in 8 bits).
+    """
+    from .compress import compress as run
+
+    options = {name: value for name, value in (("version", spz_version), ("level", ksplat_level)) if value is not None}
+    print(run(scene, output, loss, max_gaussians, sh_degree, _note, **options))
+    return 0
+
+
+def mesh(
+    scene: _Scene,
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="OUT")] = None,
+    voxel: float = 0.0,
+    far: float = 0.0,
+    truncation: float = 6.0,
+    views: int = 2,
+    islands: float = 0.02,
+) -> int:
+    """Make a coloured mesh of a scene's surface (needs the extra `mesh`).
+
+    Args:
+        scene: A run folder, whose photos say where to look from, or a scene file, around which an orbit does.
+        output: .ply or .glb; default: mesh.ply in the run folder, or beside the file.
+        voxel: Side of a cell, in world units; 0: twice what a pixel covers at the median depth.
+        far: Leave out what is farther from a camera; 0: three times the median depth.
+        truncation: Cells on either side of a surface that know their distance to it.
+        views: Cameras that must have seen a piece of surface.
+        islands: Remove pieces with fewer triangles than this share of the largest.
+    """
+    import torch
+
+    from .io.surface import SUFFIXES, write_surface
+    from .looking import scene_and_cameras
+    from .mesh import Fusing, fuse
+    from .raster import RasterSettings
+
+    output = output or (scene / "mesh.ply" if scene.is_dir() else scene.with_suffix(".mesh.ply"))
+    if output.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{output}: unknown mesh format {output.suffix!r}; known: {', '.join(SUFFIXES)}")
+    gaussians, header, config, cameras = scene_and_cameras(scene, _note)
+    background = torch.tensor(config.background) if config else None
+    surface = fuse(gaussians, cameras, Fusing(voxel, far, truncation, views, islands), RasterSettings(**header.settings), background)
+    write_surface(output, surface)
+    print(f"mesh: {output} ({len(surface.vertices):,} vertices, {len(surface.triangles):,} triangles)")
+    return 0
+
+
+VERBS = {"info": info, "convert": convert, "compress": compress, "mesh": mesh}

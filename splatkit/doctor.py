@@ -14,7 +14,7 @@ from . import __version__, native
 from .raster import backends
 
 EXTRAS = {      # the package that each of them brings, and what for
-    "sfm": ("pycolmap", "poses for bare photos"), "video": ("av", "films in and out"), "heic": ("pillow_heif", "HEIC photos"),
+    "sfm": ("pycolmap", "poses for bare photos"), "video": ("av", "films in and out"), "heic": ("pillow_heif", "HEIC photos"), "mesh": ("open3d", "meshes"),
 }
 
 

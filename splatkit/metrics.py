@@ -1,5 +1,7 @@
-"""How close a picture is to another: PSNR, also with colours fitted, SSIM, and the photometric loss (L1 + SSIM) with its gradient."""
+"""How close a picture is to another: PSNR, also with colours fitted, SSIM, and the photometric loss (L1 + SSIM) with its gradient; and which Gaussians it comes from."""
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from . import native
+from .camera import Cameras
+from .raster import RasterSettings, render, uplift
+from .scene import Scene
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5      # Wang et al. 2004, section III-B
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
@@ -161,3 +166,17 @@ class _L1SSIM(torch.autograd.Function):
         return loss, v_image
 
     backward = staticmethod(torch.autograd.function.once_differentiable(_scale_gradient))
+
+
+def loss_by_gaussian(scene: Scene, views: Iterable[tuple[Cameras, Float[Tensor, "H W 3"]]], settings: RasterSettings = RasterSettings(),
+                     background: Float[Tensor, "3"] | None = None) -> Float[Tensor, " N"]:
+    """How far pictures are from their photos where each Gaussian is seen: the mean absolute difference over all pixels of `views`, by its blending weight there.
+
+    0 for one that none of them shows. `views` are one camera each and the photo at that camera's size.
+    """
+    def differences() -> Iterator[tuple[Cameras, Tensor]]:
+        for camera, photo in views:
+            yield camera, (render(scene, camera, background=background, settings=settings).color[0].clamp(0, 1) - photo).abs().mean(dim=-1, keepdim=True)
+
+    with torch.no_grad():
+        return uplift(scene, differences(), settings)[:, 0]

@@ -20,7 +20,6 @@ from . import clients, gate, page
 from .camera import Cameras
 from .errors import BadFile
 from .film import color_picture
-from .io.photos import load_image
 from .io.reading import Report, silent
 from .raster import render
 from .shown import PHOTO_SIDE_MAX, Cache, Gone, Shown
@@ -193,6 +192,13 @@ class Viewer:
         if version is not None and not re.fullmatch(r"\d{1,15}", version):
             return gate.reply(400, "version: expected a whole number")
         shown = self._shown(key)
+        if plane == "heat":
+            try:
+                now, data = await self._in_worker(shown.heat, int(chunk), request.query.get("name", ""))
+            except BadFile as why:
+                self.say(f"view: {why}")
+                raise Gone(404, "a photo cannot be read; the terminal says more") from why
+            return await _body(request, data, "application/octet-stream", {"X-Version": str(now)})
         if plane in ("sh", "float32"):      # a run hands over SH only while somebody wants them
             await self._complete(shown)
         now, data = await self._in_worker(shown.chunk, self.cache, plane, int(chunk), None if version is None else int(version))
@@ -264,10 +270,8 @@ def _json(value) -> web.Response:
 
 def _jpeg(view) -> bytes:
     from PIL import Image
-    factor = max(1, max(view.width, view.height) / PHOTO_SIDE_MAX)
-    pixels = torch.from_numpy(load_image(view.photo, max(1, int(view.width / factor)), max(1, int(view.height / factor))))
     out = io.BytesIO()
-    Image.fromarray(color_picture(pixels)).save(out, "JPEG", quality=90)
+    Image.fromarray(color_picture(view.looked_at(PHOTO_SIDE_MAX)[1])).save(out, "JPEG", quality=90)
     return out.getvalue()
 
 

@@ -16,14 +16,19 @@ import torch
 from torch import Tensor
 
 from . import wire
+from .camera import Cameras
 from .capture import Photo, SceneHeader
 from .gate import finite
+from .io.photos import load_image
+from .metrics import loss_by_gaussian
 from .raster import RasterSettings
 from .scene import Edit, Scene
 
 CACHE_BYTES = 128 << 20
 PHOTO_SIDE_MAX = 1600       # pixels
 UP = (0.0, -1.0, 0.0)       # where a scene does not say: COLMAP's worlds often stand so
+LOSS_PHOTOS, LOSS_SIDE = 24, 256        # photos that the loss of Gaussians is taken over, and their pixels at most
+LOSS_SECONDS = 30.0         # that it stays as it is while a run goes on
 SHARE = 0.015               # of a run's time that its copies may cost
 
 
@@ -50,6 +55,13 @@ class View:
     def of(photo: Photo, width: int, height: int) -> View:
         camera = photo.camera(torch.float64).resized(width, height)
         return View(photo.name, width, height, tuple(camera.world_to_cam[0].flatten().tolist()), tuple(camera.K[0].flatten().tolist()), photo)
+
+    def looked_at(self, side: int) -> tuple[Cameras, Tensor]:
+        """Its camera and its photo, of at most so many pixels a side. Raises BadFile."""
+        camera = Cameras(torch.tensor(self.world_to_cam, dtype=torch.float32).view(1, 4, 4), torch.tensor(self.K, dtype=torch.float32).view(1, 3, 3), self.width, self.height)
+        factor = max(1, max(self.width, self.height) / side)
+        camera = camera.resized(max(1, int(self.width / factor)), max(1, int(self.height / factor)))
+        return camera, torch.from_numpy(load_image(self.photo, camera.width, camera.height))
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,7 @@ class Shown:
         self.spent = 0.0                                    # CPU-seconds of the worker
         self.wanted, self.sh_wanted = 0.0, 0.0              # until when (time.monotonic) someone looks; at the higher bands
         self._cameras, self._cameras_at = "[]", -math.inf
+        self._loss: tuple[float, State, Tensor] | None = None       # when, of which copy, by Gaussian
 
     @staticmethod
     def of(scene: Scene, name: str, header: SceneHeader, views: tuple[View, ...] = (), background: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> Shown:
@@ -146,20 +159,44 @@ class Shown:
             raise Gone(503, f"{self.name} has not begun; ask again")
         return self.state
 
+    @property
+    def heats(self) -> list[str]:
+        """What Gaussians can be coloured by: what a run hands over, and how far photos are from pictures of them."""
+        return [*(self.state.heat if self.state else ()), *(["loss"] if any(view.photo for view in self.views) else [])]
+
+    def heat(self, chunk: int, name: str) -> tuple[int, bytes]:
+        """The version of a chunk and one heat of its rows, as it is now. Raises Gone."""
+        state = self.present
+        if chunk >= len(state.versions) or name not in self.heats:
+            raise Gone(404, f"{self.name} has {len(state.versions)} chunks and the heats {', '.join(self.heats) or 'none'}")
+        values = state.heat[name] if name in state.heat else self._photo_loss(state)
+        return state.versions[chunk], wire.heat(values[state.rows(chunk)][:, None].numpy())
+
+    def _photo_loss(self, state: State) -> Tensor:
+        """Of a sample of the photos, evenly taken; it takes a second or two of the worker."""
+        if self._loss is not None:
+            at, of, values = self._loss
+            if of is state or len(values) == len(state.scene) and time.monotonic() < at + LOSS_SECONDS:
+                return values
+        start, seen = time.thread_time(), [view for view in self.views if view.photo is not None]
+        background = torch.tensor(self.background, dtype=torch.float32)
+        values = loss_by_gaussian(state.scene.replace(features=None), (view.looked_at(LOSS_SIDE) for view in seen[::-(-len(seen) // LOSS_PHOTOS)]), self.settings, background)
+        self._loss = time.monotonic(), state, values
+        self.spent += time.thread_time() - start
+        return values
+
     def chunk(self, cache: Cache, plane: str, chunk: int, version: int | None = None) -> tuple[int, bytes]:
         """The version of a chunk and one of its planes, as it is now. Raises Gone."""
         state = self.present
         if chunk >= len(state.versions):
             raise Gone(404, f"{self.name} has {len(state.versions)} chunks")
-        if plane == "features" and state.scene.features is None or plane == "heat" and not state.heat:
+        if plane == "features" and state.scene.features is None:
             raise Gone(404, f"{self.name} has no {plane}")
         if version not in (None, state.versions[chunk]):
             raise Gone(409, f"version {version} of chunk {chunk} is gone; it is at {state.versions[chunk]}")
         if plane in ("sh", "float32") and not state.complete:
             raise Gone(503, "the run has not handed over its SH yet; ask again")
         rows = state.rows(chunk)
-        if plane == "heat":     # changes with every step
-            return state.versions[chunk], wire.heat(torch.stack([x[rows] for x in state.heat.values()], dim=1).numpy())
 
         def encode() -> bytes:
             start = time.thread_time()
@@ -180,7 +217,7 @@ class Shown:
         said = {"format": "splatkit-scene", "version": 1, "id": key, "name": self.name, "count": len(state.scene), "sh_degree": self.sh_degree, "chunk_size": wire.CHUNK,
                 "header": {**self.header, "step": state.step, "name": self.name}, "step": state.step, "live": self.live and not self.done, "revision": state.revision,
                 "background": self.background, "chunks": [{"count": n, "version": v} for n, v in zip(counts, state.versions)],
-                "features": {"channels": self.channels, "pca": self.pca} if self.channels else None, "heat": list(state.heat)}
+                "features": {"channels": self.channels, "pca": self.pca} if self.channels else None, "heat": self.heats}
         return f'{json.dumps(said, allow_nan=False)[:-1]}, "cameras": {self._cameras}'
 
     def record(self, record: dict) -> None:

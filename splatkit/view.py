@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from . import page, wire
@@ -20,7 +22,7 @@ from .poses import refined
 from .reconstruct import Watcher
 from .scene import Edit, Scene
 from .serve import Viewer
-from .shown import Cache, Live, Shown, View
+from .shown import Cache, Live, Shown, State, View
 from .views import Views, scene_of
 
 
@@ -58,6 +60,66 @@ def _lines(path: Path) -> Iterator[dict]:
             continue
         if isinstance(record, dict):
             yield record
+
+
+class Following:
+    """Scene files and run folders as they are on the disk: `shown`, in the order of `paths`, and what another process writes there while it is shown.
+
+    From `start` to `close` a thread looks every `seconds` for another scene file (a run replaces its own with every checkpoint) and for further
+    metrics; what cannot be read leaves what was there, and `say` gets a line. Raises BadFile as `opened`.
+    """
+
+    def __init__(self, paths: Sequence[Path], say: Report = silent, seconds: float = 2.0):
+        self.files = [path / "scene.ply" if path.is_dir() else path for path in paths]
+        self.stamps = [_stamp(file) for file in self.files]     # before it is read: what is written meanwhile is read again
+        self.paths, self.shown, self.say, self.seconds = paths, [opened(path, say) for path in paths], say, seconds
+        self.ended, self.viewer = threading.Event(), None
+        self.thread = threading.Thread(target=self._look, name="splatkit-follow", daemon=True)
+
+    def start(self, viewer: Viewer) -> None:
+        self.viewer = viewer
+        self.thread.start()
+
+    def close(self) -> None:
+        self.ended.set()
+        self.thread.join(10)
+
+    def _look(self) -> None:
+        while not self.ended.wait(self.seconds):
+            for k, (path, file, shown) in enumerate(zip(self.paths, self.files, self.shown)):
+                try:
+                    if (stamp := _stamp(file)) not in (self.stamps[k], None):
+                        self.stamps[k] = stamp
+                        self._changed(path, shown)
+                    if path.is_dir() and self._further(path, shown):
+                        self.viewer.poke()
+                except (BadFile, OSError) as why:
+                    self.say(f"view: {why}")
+
+    def _changed(self, path: Path, shown: Shown) -> None:
+        scene, header, _ = scene_of(path)
+        if (scene.sh_degree, 0 if scene.features is None else scene.features.shape[1]) != (shown.sh_degree, shown.channels):
+            raise BadFile(path, "", f"holds a scene of another kind now (SH degree {scene.sh_degree}); start `splatkit view` anew to see it")
+        scene = scene.detach().to("cpu", torch.float32)
+        shown.live = True
+        self.viewer.hand_over(lambda: shown.put(State(scene, step=header.step)))
+
+    @staticmethod
+    def _further(path: Path, shown: Shown) -> bool:
+        last = shown.metrics["steps"][-1] if shown.metrics["steps"] else -1
+        new = [record for record in _lines(path / "metrics.jsonl") if type(record.get("step")) is int and record["step"] > last]
+        for record in new:
+            shown.record(record)
+        return bool(new)
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is replaced; None where there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 class Watching(Watcher):

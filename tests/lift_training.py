@@ -6,6 +6,9 @@ from splatkit.lift.train_config import LiftLosses, LiftTrain
 
 SMALL = MVSplatConfig(feature_dim=16, cnn_widths=(8, 16, 16), blocks=1, ffn_factor=1, depth_candidates=16, cost_width=16, cost_heads=1, refine_width=8, gaussian_width=16,
                       sh_degree=0, unit_rays=False, side=48)
+SMALLEST = MVSplatConfig(feature_dim=8, cnn_widths=(8, 8, 8), blocks=1, ffn_factor=1, depth_candidates=4, cost_width=8, cost_heads=1, refine_width=8, gaussian_width=4,
+                         sh_degree=0, unit_rays=False, side=32)
+PAIR = {"steps": 14, "save_every": 2}       # of the run of two processes that one of is killed in
 
 
 def settings(output: Path, **changes) -> LiftTrain:

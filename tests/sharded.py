@@ -5,6 +5,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import lift_training
 import torch
 import torch.distributed as dist
 from backends import random_scene, ring
@@ -18,6 +19,8 @@ from splatkit.fit import Fit, View
 from splatkit.growth import KINDS
 from splatkit.io import checkpoint
 from splatkit.io.photos import load_capture
+from splatkit.lift.train import lift_train
+from splatkit.lift.train_config import LiftTrain
 from splatkit.raster import RasterSettings, RasterStats
 from splatkit.reconstruct import reconstruct
 from splatkit.scene import Scene
@@ -106,6 +109,22 @@ def do_disagree(shard: Shard, folder: Path) -> None:
         shard.agree({"photos": ["a.png"], "poses": torch.arange(3.0) + shard.rank})
     except BadConfig as why:
         (folder / f"disagree.{shard.rank}").write_text(str(why))
+
+
+def lift_in_double(config: LiftTrain, say=lambda line: None) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        lift_train(config, say=say)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def do_lift(shard: Shard, folder: Path) -> None:
+    said = []
+    lift_train(lift_training.settings(folder / "pair", **lift_training.PAIR))
+    lift_in_double(lift_training.settings(folder / "two", steps=3, batch=1, accumulate=2), said.append)
+    if shard.rank == 0:
+        (folder / "said of two").write_text(said[0].partition("; ")[2])
 
 
 def process(environment: dict[str, str], said: Path, jobs: tuple[str, ...], folder: Path, command: list[str]) -> None:

@@ -15,7 +15,7 @@ def run(out: Path, *measures: str) -> tuple[str, dict]:
     if reason := chromium.missing():
         pytest.skip(reason)
     command = [sys.executable, SCRIPT, "--quick", "--peers", "none", *(word for name in measures for word in ("--only", name)), "--out", out]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads(out.read_text())["measures"]
 

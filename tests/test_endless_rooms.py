@@ -12,7 +12,7 @@ from splatkit.io.depth import load_depth
 from splatkit.io.photos import load_image
 from splatkit.io.transforms import load_transforms
 from splatkit.metrics import psnr
-from splatkit.rooms import SOLIDS, Solid, Texture
+from splatkit.rooms import SOLIDS, Solid, Texture, endless
 from splatkit.rooms.cast import unprojected
 from splatkit.rooms.written import DEPTH_STEP
 
@@ -47,7 +47,7 @@ def test_the_outer_cameras_are_6_to_18_percent_of_the_median_depth_apart(seen):
 
 def test_the_nearest_photo_is_14_to_18_decibels_from_the_one_between(seen):
     nearest = lambda sample: int((sample.cameras.centres[:2] - sample.cameras.centres[2]).norm(dim=1).argmin())
-    assert 14 <= np.mean([float(psnr(s.views.color[nearest(s)], s.views.color[2])) for s in seen]) <= 18
+    assert 14 <= np.mean([float(psnr(s.photos[nearest(s)], s.photos[2])) for s in seen]) <= 18
 
 
 def test_the_others_lie_between_the_outer_cameras(seen):
@@ -62,7 +62,14 @@ def test_a_seed_gives_the_same_bits_and_another_seed_another_room(seen):
     assert again.room == seen[3].room != seen[4].room
     for name, x in vars(again.views).items():
         assert torch.equal(x, getattr(seen[3].views, name))
-    assert torch.equal(again.cameras.world_to_cam, seen[3].cameras.world_to_cam)
+    assert torch.equal(again.cameras.world_to_cam, seen[3].cameras.world_to_cam) and torch.equal(again.photos, seen[3].photos)
+
+
+def test_a_photo_has_8_bits_and_the_noise_of_a_small_sensor(seen):
+    photos, exact = torch.stack([s.photos for s in seen]), torch.stack([s.views.color for s in seen])
+    assert torch.equal((photos * 255).round() / 255, photos) and photos.min() >= 0 and photos.max() <= 1
+    inside = (exact > 0.1) & (exact < 0.9)
+    assert (photos - exact)[inside].std().item() == pytest.approx(0.01, rel=0.05)
 
 
 def test_an_ellipsoid_is_met_on_its_surface_with_the_normal_that_its_equation_has():
@@ -121,7 +128,8 @@ def test_correspondences_lie_on_the_same_surface_and_hidden_points_behind_anothe
     assert len(behind) > 20 and (behind > 1e-3).double().mean() > 0.9
 
 
-def test_a_room_without_a_place_for_cameras_is_an_error():
+def test_a_room_without_a_place_for_cameras_is_an_error(monkeypatch):
+    monkeypatch.setattr(endless, "TRIES", 50)
     filled = box_room(Solid("box", (0.0, 0.0, 1.5), (2.9, 2.4, 1.4), PLAIN))
     for cameras in (rooms.close_cameras, rooms.ring_cameras):
         with pytest.raises(ValueError, match="no place"):

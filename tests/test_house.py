@@ -15,8 +15,9 @@ PACKAGE = REPO / "splatkit"
 FLOORS = [      # imports point down or stay on their floor
     {"scene", "header", "camera", "capture", "errors", "config", "native", "_compat", "progress"},
     {"raster", "io"},
-    {"wire", "optim", "adc", "density", "metrics", "lpips", "exposure", "poses", "rooms", "paths", "film", "views", "convert"},
-    {"growth", "shard"},
+    {"wire", "optim", "adc", "density", "metrics", "lpips", "exposure", "poses", "rooms", "paths", "film", "views", "convert", "mesh"},
+    {"growth", "shard", "looking"},
+    {"compress"},
     {"fit", "initial"},
     {"reconstruct", "evaluation", "sfm", "sfm_worker"},
     {"lift"},

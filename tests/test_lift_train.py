@@ -11,6 +11,7 @@ from pathlib import Path
 import lift_training
 import numpy as np
 import pytest
+import sharded
 import torch
 import torch.nn.functional as F
 from killing import tried
@@ -49,7 +50,7 @@ def learnt(tmp_path_factory, cpu_library) -> Path:
 
 def test_a_minute_of_training_gives_held_out_rooms_a_decibel(learnt):
     first = LiftTrain(**{**vars(config.load_yaml(learnt / "config.yaml", LiftTrain)), "steps": 1})
-    before = quality(Training.first(first, "cpu").model, held_out(first, silent), first, "cpu")
+    before = quality(Training.first(first, "cpu").model, held_out(first, silent), first)
     after = json.loads((learnt / "metrics.jsonl").read_text().splitlines()[-1])
     assert after["held_psnr"] > before["psnr"] + 1 and after["held_abs_rel"] < before["abs_rel"]
 
@@ -96,7 +97,7 @@ def test_depth_counts_in_logarithms_and_only_where_it_is_given():
     depth = torch.tensor([[2.0, 4.0, 9.0]], requires_grad=True)
     loss = depth_difference(depth, torch.tensor([[1.0, 4.0, 0.0]]))
     loss.backward()
-    assert float(loss) == pytest.approx(np.log(2) / 2) and depth.grad[0, 2] == 0 and depth.grad[0, 0] == pytest.approx(0.25)
+    assert loss.item() == pytest.approx(np.log(2) / 2) and depth.grad[0, 2] == 0 and depth.grad[0, 0] == pytest.approx(0.25)
     assert float(depth_difference(torch.ones(1, 2), torch.zeros(1, 2))) == 0
 
 
@@ -227,36 +228,43 @@ def test_a_run_resumed_with_other_settings_is_refused(tmp_path, cpu_library):
 # Several processes, and halves
 
 
-def test_two_processes_do_what_one_does_with_twice_the_batch(tmp_path, cpu_library):
-    lift_train(settings(tmp_path / "one", steps=3, batch=2, accumulate=2))
-    command = ["lift-train", *lift_training.flags(tmp_path / "two", steps=3, batch=1, accumulate=2)]
-    for code, said in together(tmp_path, [command, command]):
-        assert code == 0, said
-    assert "4 samples a step: 1 a pass, 2 passes, 2 processes" in (tmp_path / "said.0").read_text()
-    one, two = (checkpoint.load(tmp_path / name / "checkpoint").tensors for name in ("one", "two"))
-    for name in ("weights", "exp_avg", "exp_avg_sq"):
-        assert float((one[name] - two[name]).norm() / one[name].norm()) < 1e-5, name
-    metrics = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")]
-    assert metrics[0]["mse"] == pytest.approx(metrics[1]["mse"], rel=1e-4)
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, cpu_library) -> Path:
+    """What two processes make: `pair` in float32, without a break, and `two` in double."""
+    folder = tmp_path_factory.mktemp("pair")
+    for code, said in together(folder, [[]] * 2, ("lift",)):
+        assert code == 0, said[-3000:]
+    return folder
 
 
-def test_a_killed_process_under_torchrun_is_started_again_and_the_result_is_the_same(tmp_path, cpu_library):
-    lift_train(settings(tmp_path / "one", steps=12, batch=2, save_every=2))
+def test_two_processes_do_what_one_does_with_twice_the_batch(pair):
+    """In double: in float32 Adam, which divides by the root of v, turns rounding in the smallest gradients into whole steps."""
+    sharded.lift_in_double(settings(pair / "one", steps=3, batch=2, accumulate=2))
+    one, two = (checkpoint.load(pair / name / "checkpoint").tensors for name in ("one", "two"))
+    for name in ("weights", "exp_avg", "exp_avg_sq"):       # measured: 1e-11
+        assert one[name].dtype == torch.float64 and float((one[name] - two[name]).norm() / one[name].norm()) < 1e-5, name
+    metrics = [json.loads((pair / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")]
+    assert metrics[0]["mse"] == pytest.approx(metrics[1]["mse"], rel=1e-6)
+    assert (pair / "said of two").read_text().startswith("4 samples a step: 1 a pass, 2 passes, 2 processes")
+
+
+def test_a_killed_process_under_torchrun_is_started_again_and_ends_in_the_bits_of_an_unbroken_run(pair, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "splatkit.cli", "lift-train",
-               *lift_training.flags(tmp_path / "two", steps=12, batch=1, save_every=2), "--resume"]
+               *lift_training.flags(tmp_path / "run", **lift_training.PAIR), "--resume"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     run = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "two" / "checkpoint").glob("*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    holder = int((tmp_path / "two" / ".lock").read_text())
-    os.kill(holder, signal.SIGKILL)
-    said, _ = run.communicate(timeout=120)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "run" / "checkpoint").glob("*.safetensors")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(int((tmp_path / "run" / ".lock").read_text()), signal.SIGKILL)
+        said, _ = run.communicate(timeout=120)
+    finally:
+        run.kill()
     assert run.returncode == 0, said[-2000:]
-    one, two = (checkpoint.load(tmp_path / name / "checkpoint") for name in ("one", "two"))
-    assert one.step == two.step == 12
-    for name in ("weights", "exp_avg", "exp_avg_sq"):
-        assert float((one.tensors[name] - two.tensors[name]).norm() / one.tensors[name].norm()) < 1e-4, name
+    broken, whole = (checkpoint.load(folder / "checkpoint") for folder in (tmp_path / "run", pair / "pair"))
+    assert broken.step == whole.step == lift_training.PAIR["steps"]
+    assert all(torch.equal(x, whole.tensors[name]) for name, x in broken.tensors.items())
 
 
 def test_halves_reach_convolutions_and_nothing_else(sample):
@@ -267,7 +275,7 @@ def test_halves_reach_convolutions_and_nothing_else(sample):
     halve(model)
     half = call()
     assert half.depth.dtype == half.scenes[0].means.dtype == torch.float32
-    difference = float((1 / half.depth - 1 / whole.depth).abs().max() / (1 / whole.depth).std())
-    assert 1e-5 < difference < 0.5
+    difference = ((1 / half.depth - 1 / whole.depth).abs().mean() / (1 / whole.depth).std()).item()
+    assert 1e-5 < difference < 0.2
     half.depth.sum().backward()
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())

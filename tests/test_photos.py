@@ -207,6 +207,13 @@ def test_pixels_are_float32_rgb_between_0_and_1(tmp_path):
     np.testing.assert_array_equal(image, pixels.astype(np.float32) / np.float32(255))
 
 
+def test_a_white_photo_stays_white_when_it_is_made_smaller(tmp_path):
+    """Its shares of an area add up to 1 + 1e-7 in float32."""
+    white = np.full((42, 20, 3), 255, np.uint8)
+    assert area_average(white, 10, 24).max() > 255
+    assert load_image(photo(saved(tmp_path / "p.png", white), 20, 42), 10, 24).max() == 1
+
+
 def exact_area_average(pixels: np.ndarray, n_out: int) -> np.ndarray:
     """Along the first axis, in rational weights, one pixel at a time."""
     n_in, out = len(pixels), np.zeros((n_out, *pixels.shape[1:]))

@@ -1,9 +1,11 @@
-"""The page of `splatkit view` in a real browser: what it draws, against the native rasterizer, and what people do with it."""
+"""The page of `splatkit view` in a real browser: what it draws, against the native rasterizer, and what it does where something is wrong."""
+import base64
 import json
 import time
 
 import numpy as np
 import pytest
+from chromium import VIEWER
 from shows import HEIGHT, WIDTH, Shows, camera, complete, drawn, psnr, reference, sphere
 
 from splatkit import io, page, render, wire
@@ -162,6 +164,56 @@ def test_a_rasterizer_that_failed_is_replaced(shown):
     drawn(tab, "wasm", camera((2.0, 1.0, -3.0)))
     assert tab.run("return app.stage.raster.worker !== null && app.stage.raster.worker !== window.first")
     assert np.array_equal(before, drawn(tab, "wasm", camera()))
+
+
+def trapping(module: bytes, export: str) -> bytes:
+    """A WebAssembly module in which an exported function stops at its first instruction (unreachable), as where memory is broken."""
+    def number(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte, at = module[at], at + 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value, at
+            shift += 7
+
+    at, index, bodies = 8, None, []
+    while at < len(module):
+        section, (length, start) = module[at], number(at + 1)
+        at = start + length
+        count, here = number(start)
+        assert section != 2, "the module imports nothing"
+        for _ in range(count if section in (7, 10) else 0):
+            if section == 7:
+                size, here = number(here)
+                name, (value, after) = module[here:here + size].decode(), number(here + size + 1)
+                index, here = (value if name == export else index), after
+            else:
+                size, here = number(here)
+                bodies.append((here, size))
+                here += size
+    start, size = bodies[index]
+    return module[:start] + bytes(size - 1) + b"\x0b" + module[start + size:]      # no locals, unreachable to the end
+
+
+def test_after_a_file_over_which_webassembly_traps_a_good_file_opens_in_the_same_page(browser, tmp_path):
+    io.save(tmp_path / "killer.ply", sphere(50, 0))
+    io.save(tmp_path / "good.ply", scene := sphere(400, 1))
+    tab = browser.open(page.PAGE.as_uri(), width=WIDTH, height=HEIGHT)
+    wasm = base64.b64encode(trapping((VIEWER / "src" / "splat.wasm").read_bytes(), "prepare")).decode()
+    # A worker that is started over the killer gets the module that traps; the first is at work already, so it is replaced.
+    tab.run("""const post = Worker.prototype.postMessage, wasm = Uint8Array.from(atob(argument), (c) => c.charCodeAt(0)).buffer; window.broken = true;
+        Worker.prototype.postMessage = function (m, ...more) { return post.call(this, m.type === 'module' && window.broken ? { ...m, wasm } : m, ...more); };
+        app.stage.raster.fail('replaced'); app.stage.raster.start(); window.first = app.stage.raster.worker;""", wasm)
+    tab.drop(selector="#file", path=str(tmp_path / "killer.ply"))
+    tab.wait("document.querySelector('.messages .error')?.innerText.includes('stopped (unreachable)')")
+    assert "GPU" in tab.text(".messages .error") and tab.run("await app.stage.settled(); return app.stage.backend") == "webgl"
+    tab.run("window.broken = false")
+    tab.drop(selector="#file", path=str(tmp_path / "good.ply"))
+    tab.wait("window.splatkit.scene.count === 400")
+    assert psnr(drawn(tab, "auto", camera()), reference(scene, camera())) > 50
+    assert tab.run("return [app.stage.backend, app.stage.raster.worker === window.first]") == ["wasm", False]
+    tab.close()
 
 
 def test_features_of_a_file_get_colours(browser, tmp_path):

@@ -69,6 +69,21 @@ def test_a_scene_that_is_still_coming_leaves_the_camera_where_somebody_has_put_i
         tab.close()
 
 
+def test_an_update_of_several_chunks_is_drawn_once(browser):
+    scene, shown = sphere(70_000, 0), Shown("run", SceneHeader(), live=True)
+    with Viewer([shown]) as server:
+        live = Live(shown, server.hand_over)
+        live.take(scene, 0, complete=True)
+        tab = browser.open(server.url, width=160, height=120)
+        tab.wait(complete(scene))
+        tab.run("await app.stage.settled(); window.drawn = app.stage.raster.next; window.updates = 0; const update = app.update.bind(app); app.update = (...a) => { window.updates++; update(...a); }")
+        live.take(scene.replace(means=scene.means + 0.01), 1, complete=True)
+        tab.wait("window.updates === 2")
+        assert tab.run("await app.stage.settled(); return app.stage.raster.next - window.drawn") == 1
+        assert abs(tab.run("return app.scene.means[0]") - float(scene.means[0, 0]) - 0.01) < 1e-3
+        tab.close()
+
+
 def test_a_turn_before_anything_has_come_chooses_the_side_that_the_scene_is_shown_from(browser, monkeypatch):
     scene = sphere(300, 0).replace(means=sphere(300, 0).means + torch.tensor([5.0, 0, 0]))
     with Viewer([Shown.of(scene, "sphere", SceneHeader())]) as server, slow(0, monkeypatch) as rest:

@@ -5,7 +5,7 @@ import numpy as np
 from numpy import ndarray as Array
 
 ROWS_AT_ONCE = 4096
-SAMPLE = 65536
+SAMPLE = 32768
 
 
 def numbers(values: Array, count: int = 256, rounds: int = 12) -> tuple[Array, Array]:
@@ -60,7 +60,7 @@ def vectors(rows: Array, count: int, seed: int = 0) -> tuple[Array, Array]:
     return np.concatenate(centres), labels
 
 
-def _kmeans(rows: Array, count: int, rng, rounds: int = 6) -> Array:
+def _kmeans(rows: Array, count: int, rng, rounds: int = 4) -> Array:
     centres = rows[rng.choice(len(rows), count, replace=False)]
     for _ in range(rounds):
         label = _nearest(centres, rows)

@@ -18,9 +18,9 @@ from ..header import SceneHeader
 from .atomic import replacing
 from .fields import Fields, count_of, degree_of, empty, finished
 from .header import from_json, to_json
-from .inflating import plausible
 from .packing import log_of_scales, opacities, unit_quats
 from .reading import Report, read_bytes, silent, strict_json
+from .streams import plausible
 from .turning import moved
 
 EXTENSION = "KHR_gaussian_splatting"

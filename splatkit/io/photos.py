@@ -122,8 +122,7 @@ def load_image(photo: Photo, width: int | None = None, height: int | None = None
     if pixels.shape[:2] == (height, width):
         return np.divide(pixels, scale, dtype=np.float32)
     out = area_average(pixels, width, height)
-    out /= scale
-    return out
+    return np.minimum(np.divide(out, scale, out=out), 1, out=out)      # as above: shares of an area may add up to more
 
 
 def load_mask(photo: Photo, width: int | None = None, height: int | None = None) -> Bool[Array, "H W"] | None:

@@ -23,9 +23,9 @@ from ..header import SceneHeader
 from . import codebook
 from .atomic import replacing
 from .fields import Fields, count_of, degree_of, empty, finished, rows
-from .inflating import plausible
 from .packing import LOGITS, morton_order, opacity_bytes, unit_quats, with_largest, without_largest
 from .reading import Report, exactly, opened, read_bytes, silent, size_of, strict_json
+from .streams import plausible
 
 META = "meta.json"
 META_MAX = 1 << 20

@@ -4,7 +4,6 @@ from __future__ import annotations
 import math
 import os
 import struct
-import zlib
 
 import numpy as np
 import zstandard
@@ -14,9 +13,9 @@ from ..errors import BadFile
 from ..header import SceneHeader
 from .atomic import replacing
 from .fields import Fields, count_of, degree_of, empty, finished
-from .inflating import DEFLATE_MAX, Gunzip, plausible, unzstd
 from .packing import LOGITS, opacity_bytes, to_bytes, unit_quats, with_largest, without_largest
 from .reading import Report, read_bytes, silent
+from .streams import DEFLATE_MAX, Gunzip, gzipped, plausible, unzstd
 
 MAGIC = b"NGSP"
 GZIP_LEVEL, ZSTD_LEVEL = 3, 3       # 1M Gaussians of degree 3 are to be packed in 2 s
@@ -178,11 +177,7 @@ def write(path: str | os.PathLike, fields: Fields, header: SceneHeader, report: 
             file.write(b"".join(struct.pack("<QQ", len(c), p.nbytes) for c, p in zip(packed, planes)))
             file.writelines(packed)
         else:
-            packer = zlib.compressobj(GZIP_LEVEL, wbits=31)
-            file.write(packer.compress(head))
-            for plane in planes:
-                file.write(packer.compress(plane.data))
-            file.write(packer.flush())
+            file.writelines(gzipped([memoryview(head), *(memoryview(plane).cast("B") for plane in planes)], GZIP_LEVEL))
 
 
 def _packed(f: Fields, bits: int, version: int) -> list[Array]:

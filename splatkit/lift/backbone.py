@@ -141,8 +141,8 @@ def attend_in_blocks(q: Float[Tensor, "B V h w C"], k: Float[Tensor, "B V O h w 
     for (top, bottom), (left, right) in product(cuts(q.shape[2], shifted), cuts(q.shape[3], shifted)):
         place = (..., slice(top, bottom), slice(left, right), slice(None))
         # Head and batch in front: the kernels that never hold all scores want four dimensions.
-        one_head = lambda x, views: x[place].flatten(views, -2).flatten(0, 1)[:, None]
-        found = F.scaled_dot_product_attention(one_head(q, 2), one_head(k, 2), one_head(v, 2))
+        queries, keys, values = (x[place].flatten(2, -2).flatten(0, 1)[:, None] for x in (q, k, v))
+        found = F.scaled_dot_product_attention(queries, keys, values)
         out[place] = found.view(out[place].shape)
     return out
 

@@ -56,6 +56,6 @@ class MVSplatConfig:
 
 CONFIGS = {
     "mvsplat": MVSplatConfig(),
-    "tiny": MVSplatConfig(feature_dim=64, cnn_widths=(32, 48, 64), blocks=4, ffn_factor=2, depth_candidates=64, cost_width=64, cost_heads=2, refine_width=32,
-                          gaussian_width=64, sh_degree=1, unit_rays=False),
+    "tiny": MVSplatConfig(feature_dim=64, cnn_widths=(32, 48, 64), blocks=4, ffn_factor=2, depth_candidates=64, cost_width=64, cost_heads=2, refine_width=16,
+                          gaussian_width=32, sh_degree=1, unit_rays=False, side=128),
 }

@@ -41,8 +41,9 @@ class Sample:
     depth: Float[Tensor, "*B N H W"]            # camera z; 0 where it is not known
     far: Float[Tensor, "*B"]
 
-    def to(self, device: str) -> Sample:
-        return Sample(*(x.to(device, non_blocking=True) for x in vars(self).values()))
+    def to(self, like: Tensor) -> Sample:
+        """On the device and in the precision of a tensor."""
+        return Sample(*(x.to(like, non_blocking=True) for x in vars(self).values()))
 
 
 Source = Callable[[int], Sample]
@@ -72,7 +73,7 @@ def held_out(config: LiftTrain, say: Report) -> Source | None:
 def room_sample(config: LiftTrain, first: int, number: int, augment: bool | None = None) -> Sample:
     """A room's cameras that are close to each other."""
     seen = rooms.sample(first + number, config.contexts + config.targets, config.width, config.height)
-    images, depth = seen.views.color.permute(0, 3, 1, 2), seen.views.depth
+    images, depth = seen.photos.permute(0, 3, 1, 2), seen.views.depth
     near, far = float(depth.min()) / 1.05, float(depth.max()) * 1.05
     if config.augment if augment is None else augment:
         rng = np.random.default_rng([first, number])

@@ -124,7 +124,7 @@ def _train(config: LiftTrain, shard: Shard, report: Callable[..., None], say: Re
             sums: dict[str, Tensor] = {}
             with exchange() if shard.world > 1 else contextlib.nullcontext():
                 for i in range(config.accumulate):
-                    sample = next(batches).to(device)
+                    sample = next(batches).to(parameters[0])
                     last = i == config.accumulate - 1
                     with contextlib.nullcontext() if last or shard.world == 1 else model.no_sync():
                         terms = losses(_lifted(model, sample, config.contexts), sample, config.contexts, config.loss, perceptual)
@@ -140,7 +140,7 @@ def _train(config: LiftTrain, shard: Shard, report: Callable[..., None], say: Re
             if step % LOG_EVERY == 0 or step == config.last or (held and step % config.hold_every == 0):
                 numbers = {name: float(x) for name, x in _averaged(sums, shard).items()}
                 if held and (step % config.hold_every == 0 or step == config.last):
-                    numbers |= {f"held_{name}": x for name, x in quality(state.model, held, config, device).items()}
+                    numbers |= {f"held_{name}": x for name, x in quality(state.model, held, config).items()}
                 log.write(json.dumps({"step": step, **numbers, "lr": learning_rate(config, step), "seconds": round(time.monotonic() - start, 2)}) + "\n")
                 log.flush()
                 report(step, **numbers)
@@ -156,11 +156,11 @@ def _lifted(model: nn.Module, sample: Sample, contexts: int) -> Lifted:
 
 
 @torch.no_grad()
-def quality(model: MVSplat, source: Source, config: LiftTrain, device: str) -> dict[str, float]:
+def quality(model: MVSplat, source: Source, config: LiftTrain) -> dict[str, float]:
     """On the held-out samples: mean PSNR of the target views, and mean |predicted - given| / given of the input views' depths, where they are given."""
     decibels, errors = [], []
     for number in range(config.hold):
-        sample = collated([source(number)]).to(device)
+        sample = collated([source(number)]).to(next(model.parameters()))
         found = _lifted(model, sample, config.contexts)
         if config.targets:
             drawn, photos = targets_drawn(found, sample, config.contexts), sample.images[:, config.contexts:].permute(0, 1, 3, 4, 2)

@@ -59,7 +59,7 @@ def load_weights(source: str | Path = "tiny", sha256: str | None = None, config:
     if sha256 is not None and found != sha256.lower():
         raise BadFile(path, "", f"its sha256 is {found}; expected {sha256.lower()}: another file, or a damaged one")
     config, state = _of_safetensors(path, data) if path.suffix == ".safetensors" else (config, _of_torch(path, data))
-    _check_state(path, state, _shapes(config))
+    _check_state(path, state, shapes_of(config))
     model = _empty(config)
     model.load_state_dict({key: x.float() for key, x in state.items()}, assign=True)
     return model.requires_grad_(), Weights(path, found, sum(x.numel() for x in state.values()))
@@ -139,7 +139,8 @@ def _empty(config: MVSplatConfig) -> MVSplat:
 
 
 @functools.cache
-def _shapes(config: MVSplatConfig) -> dict[str, torch.Size]:
+def shapes_of(config: MVSplatConfig) -> dict[str, torch.Size]:
+    """Of all weights, by name."""
     return {key: x.shape for key, x in _empty(config).state_dict().items()}
 
 

@@ -16,6 +16,7 @@ from .cast import SOLIDS, Color, Room, RoomViews, Solid, Texture, Vector
 NEAREST = 0.5                       # metres: nothing that a camera sees has a smaller depth
 BASELINE = (0.07, 0.17)             # of the two outer cameras, in median depths
 FOCAL = (0.75, 1.05)                # in widths of the picture
+NOISE = 0.01                        # standard deviation in a photo. Without it plain walls are no harder than patterned ones: their faint shading, exact to 24 bits, can be matched
 SPREAD_MAX = 0.08                   # coarser than in `cast`, for speed: of pixels of a pattern, the sharpest edges are anti-aliased
 TRIES = 2000
 PLAIN = "plain"
@@ -24,12 +25,13 @@ PATTERNS = ("checker", "stripes", "noise", "noise", "mosaic", "spots", "marble",
 
 @dataclass(frozen=True)
 class Sample:
-    """A room, cameras in it and what they see. Cameras 0 and 1 are the outer ones, the others lie between them."""
+    """A room, cameras in it, what they see and their photos of it. Cameras 0 and 1 are the outer ones, the others lie between them."""
 
     seed: int
     room: Room
     cameras: Cameras
     views: RoomViews
+    photos: Float[Tensor, "C H W 3"]        # views.color with the noise and the 8 bits of a camera
 
 
 def samples(seed: int = 0, photos: int = 3, width: int = 256, height: int = 256) -> Iterator[Sample]:
@@ -43,7 +45,9 @@ def sample(seed: int, photos: int = 3, width: int = 256, height: int = 256) -> S
     """The same bits for the same arguments, on one machine."""
     room = endless_room(seed)
     cameras = close_cameras(room, photos, width, height, seed)
-    return Sample(seed, room, cameras, room.cast(cameras, SPREAD_MAX))
+    views = room.cast(cameras, SPREAD_MAX)
+    grain = torch.from_numpy(np.random.default_rng([seed, 3]).standard_normal(views.color.shape, np.float32))
+    return Sample(seed, room, cameras, views, ((views.color + NOISE * grain).clamp(0, 1) * 255).round() / 255)
 
 
 def close_cameras(room: Room, photos: int, width: int, height: int, seed: int = 0) -> Cameras:

@@ -54,6 +54,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
   constructor(readonly canvas: HTMLCanvasElement) {
     super();
     this.stage = new Stage(canvas, () => this.view(), (view) => this.over(view), (text) => this.say(text, "error", "stage"));
+    document.documentElement.classList.toggle("software", this.stage.software);
     this.overlay = new Overlay(canvas, this.stage.gl);
     this.controls = new Controls(canvas, this);
     new ResizeObserver(() => this.stage.invalidate()).observe(canvas);
@@ -90,9 +91,9 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
     this.stage.invalidate();
   }
 
-  /** Rows that came or changed. */
-  update(first: number, last: number): void {
-    this.stage.update(first, last);
+  /** Rows that came, or changed, with `more` of these on the way. */
+  update(first: number, last: number, more = false): void {
+    this.stage.update(first, last, more);
   }
 
   /** The first rows of the scene came, or the last: it is placed in the picture, but never against a camera that somebody has chosen meanwhile. */

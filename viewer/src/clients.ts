@@ -8,65 +8,72 @@ import type { OrderReply, OrderRequest } from "./workers/order.worker";
 import RasterWorker from "./workers/raster.worker?worker&inline";
 import type { RasterReply, RasterRequest } from "./workers/raster.worker";
 
-/** Depth orders of the rows that are shown. */
+/** Depth orders of the rows that are shown. Its worker starts with the first order that is asked for. */
 export class OrderClient {
-  private readonly worker = new OrderWorker();
+  private worker: Worker | null = null;
   private readonly waiting = new Map<number, (order: Uint32Array) => void>();
   private next = 0;
-  private near = 0.01;
+  private scene: SplatScene | null = null;
+  private visible: Uint8Array | null = null;
+  private given = false; // the worker has the scene
 
-  constructor() {
-    this.worker.onmessage = (event: MessageEvent<OrderReply>) => {
-      this.waiting.get(event.data.id)?.(event.data.order);
-      this.waiting.delete(event.data.id);
-    };
-  }
   setScene(scene: SplatScene): void {
-    this.near = scene.header.near;
-    this.post({ type: "means", means: scene.means });
+    [this.scene, this.visible, this.given] = [scene, null, false];
   }
-  update(scene: SplatScene, first: number, last: number): void {
-    this.post({ type: "rows", first, means: scene.means.slice(3 * first, 3 * last) });
+  update(first: number, last: number): void {
+    if (this.given) this.post({ type: "rows", first, means: this.scene!.means.slice(3 * first, 3 * last) });
   }
   setVisible(visible: Uint8Array | null): void {
-    this.post({ type: "visible", visible });
+    this.visible = visible;
+    if (this.given) this.post({ type: "visible", visible });
   }
   order(view: View): Promise<Uint32Array> {
+    if (!this.given && this.scene) {
+      this.post({ type: "means", means: this.scene.means });
+      if (this.visible) this.post({ type: "visible", visible: this.visible });
+      this.given = true;
+    }
     return new Promise((done) => {
       this.waiting.set(++this.next, done);
-      this.post({ type: "order", id: this.next, key: view.worldToCam.slice(8, 12), near: this.near });
+      this.post({ type: "order", id: this.next, key: view.worldToCam.slice(8, 12), near: this.scene?.header.near ?? 0.01 });
     });
   }
   private post(message: OrderRequest): void {
+    if (!this.worker) {
+      this.worker = new OrderWorker();
+      this.worker.onmessage = (event: MessageEvent<OrderReply>) => {
+        this.waiting.get(event.data.id)?.(event.data.order);
+        this.waiting.delete(event.data.id);
+      };
+    }
     this.worker.postMessage(message);
   }
 }
 
-/** The WebAssembly rasterizer, started when it is first needed; a worker that failed is thrown away and the next call starts another. */
+/** The WebAssembly rasterizer; a worker that failed is thrown away and the next call starts another. It gets the scene with the first call that needs it. */
 export class RasterClient {
   private worker: Worker | null = null;
   private scene: SplatScene | null = null;
   private visible: Uint8Array | null = null;
   private attribute: Float32Array | null = null;
+  private given = false; // the worker has the scene
   private readonly waiting = new Map<number, { done: (reply: RasterReply) => void; failed: (why: Error) => void }>();
   private next = 0;
 
   setScene(scene: SplatScene): void {
-    [this.scene, this.visible, this.attribute] = [scene, null, null];
-    this.worker?.postMessage({ type: "scene", wasm: null, scene } satisfies RasterRequest);
+    [this.scene, this.visible, this.attribute, this.given] = [scene, null, null, false];
   }
   update(first: number, last: number): void {
     const s = this.scene!, bands = 3 * bandsOf(s.shDegree), cut = (x: Float32Array, width: number) => x.slice(width * first, width * last);
-    this.worker?.postMessage({ type: "rows", first, means: cut(s.means, 3), quats: cut(s.quats, 4), logScales: cut(s.logScales, 3),
-      logitOpacities: cut(s.logitOpacities, 1), sh: cut(s.sh, bands) } satisfies RasterRequest);
+    if (this.given) this.post({ type: "rows", first, means: cut(s.means, 3), quats: cut(s.quats, 4), logScales: cut(s.logScales, 3), logitOpacities: cut(s.logitOpacities, 1), sh: cut(s.sh, bands) });
   }
   setVisible(visible: Uint8Array | null): void {
     this.visible = visible;
-    this.worker?.postMessage({ type: "visible", visible } satisfies RasterRequest);
+    if (this.given) this.post({ type: "visible", visible });
   }
   setAttribute(values: Float32Array): void {
     this.attribute = values;
-    this.worker?.postMessage({ type: "attribute", values } satisfies RasterRequest);
+    if (this.given) this.post({ type: "attribute", values });
   }
 
   async render(view: View, attribute: "colour" | "attribute" | "normal" | "depth", reading: Reading, background: Rgb): Promise<Extract<RasterReply, { type: "picture" }>> {
@@ -79,12 +86,23 @@ export class RasterClient {
   private ask(request: Extract<RasterRequest, { id: number }>): Promise<RasterReply> {
     return new Promise((done, failed) => {
       this.waiting.set(request.id, { done, failed });
-      this.started().postMessage(request);
+      this.start();
+      if (!this.given) {
+        this.post({ type: "scene", scene: this.scene! });
+        if (this.visible) this.post({ type: "visible", visible: this.visible });
+        if (this.attribute) this.post({ type: "attribute", values: this.attribute });
+        this.given = true;
+      }
+      this.post(request);
     });
   }
+  private post(message: RasterRequest): void {
+    this.worker!.postMessage(message);
+  }
 
-  private started(): Worker {
-    if (this.worker) return this.worker;
+  /** Starts the worker and has it compile its module: what a first picture then need not wait for. */
+  start(): void {
+    if (this.worker) return;
     const worker = (this.worker = new RasterWorker());
     worker.onmessage = (event: MessageEvent<RasterReply>) => {
       if (worker !== this.worker) return;
@@ -97,15 +115,12 @@ export class RasterClient {
       event.preventDefault();
       if (worker === this.worker) this.fail(event.message || "the rasterizer's worker stopped");
     };
-    worker.postMessage({ type: "scene", wasm: wasmBytes(), scene: this.scene! } satisfies RasterRequest);
-    if (this.visible) worker.postMessage({ type: "visible", visible: this.visible } satisfies RasterRequest);
-    if (this.attribute) worker.postMessage({ type: "attribute", values: this.attribute } satisfies RasterRequest);
-    return worker;
+    this.post({ type: "module", wasm: wasmBytes() });
   }
 
   private fail(message: string): void {
     this.worker?.terminate();
-    this.worker = null;
+    [this.worker, this.given] = [null, false];
     const waiting = [...this.waiting.values()];
     this.waiting.clear();
     for (const w of waiting) w.failed(new Error(message));

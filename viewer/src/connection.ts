@@ -1,6 +1,8 @@
 /** The line to `splatkit view`: scenes over HTTP and a socket, under a token that came in the address. A lost line is tried again, and nothing of the page is forgotten. */
 import { Emitter } from "./emitter";
 import { reasonOf } from "./errors";
+import type { Rgb } from "./mapping";
+import type { View } from "./pose";
 import { blankScene, type SplatScene } from "./scene";
 import { readManifest, readMessage, writeChunk, readHeat, type Manifest, type Plane } from "./wire";
 
@@ -14,7 +16,7 @@ export interface Metrics {
 export interface ConnectionEvents {
   state: "connecting" | "open" | "lost" | "done" | "refused";
   manifest: { manifest: Manifest; scene: SplatScene; fresh: boolean };
-  chunk: { first: number; last: number; plane: Plane };
+  chunk: { first: number; last: number; plane: Plane; more: boolean }; // more: of an update of what was whole before
   metrics: Metrics;
   rows: { first: boolean }; // the first rows of a scene have come, or all have
   error: string;
@@ -56,8 +58,8 @@ export class Connection extends Emitter<ConnectionEvents> {
     super();
   }
 
-  async get(path: string): Promise<Response> {
-    const reply = await fetch(path, { headers: { Authorization: `Bearer ${this.token}` }, cache: "no-store" });
+  async get(path: string, body?: object): Promise<Response> {
+    const reply = await fetch(path, { headers: { Authorization: `Bearer ${this.token}` }, cache: "no-store", ...(body && { method: "POST", body: JSON.stringify(body) }) });
     if (!reply.ok) throw new Error(reply.status === 401 || reply.status === 403 ? "the server does not know this page's token; open the link that `splatkit view` printed" : `${path}: the server answered ${reply.status}`);
     return reply;
   }
@@ -69,13 +71,19 @@ export class Connection extends Emitter<ConnectionEvents> {
     return (await this.get(`/api/scene/${encodeURIComponent(this.sceneId)}/photo/${index}`)).blob();
   }
 
-  /** One heat channel of every Gaussian, by its place in the manifest's list. */
-  async heat(channel: number): Promise<Float32Array> {
+  /** PNG of the scene as the server has it, by the rasterizer that runs draw with. */
+  async frame(view: View, background: Rgb): Promise<Blob> {
+    const { width, height } = view, camera = { world_to_cam: Array.from(view.worldToCam), K: Array.from(view.K), width, height };
+    return (await this.get(`/api/scene/${encodeURIComponent(this.sceneId)}/frame`, { ...camera, background: Array.from(background) })).blob();
+  }
+
+  /** One heat of every Gaussian, by its name in the manifest. */
+  async heat(name: string): Promise<Float32Array> {
     const m = this.manifest!, out = new Float32Array(m.count);
-    for (let k = 0; k < m.chunks.length; k++) {
-      const n = m.chunks[k]!.count, bytes = new Uint8Array(await (await this.get(`/api/scene/${encodeURIComponent(m.id)}/chunk/${k}/heat`)).arrayBuffer());
-      const { channels, values } = readHeat(n, bytes);
-      if (channel < channels) for (let i = 0; i < n; i++) out[k * m.chunk_size + i] = values[channels * i + channel]!;
+    for (const [k, { count }] of m.chunks.entries()) {
+      const bytes = await (await this.get(`/api/scene/${encodeURIComponent(m.id)}/chunk/${k}/heat?name=${encodeURIComponent(name)}`)).arrayBuffer();
+      const { channels, values } = readHeat(count, new Uint8Array(bytes));
+      for (let i = 0; i < count; i++) out[k * m.chunk_size + i] = values[channels * i]!;
     }
     return out;
   }
@@ -187,7 +195,7 @@ export class Connection extends Emitter<ConnectionEvents> {
       const first = m.chunk * manifest.chunk_size;
       writeChunk(this.scene!, m.plane, first, rows, m.data);
       this.have.set(`${m.plane} ${m.chunk}`, m.version);
-      this.emit("chunk", { first, last: first + rows, plane: m.plane });
+      this.emit("chunk", { first, last: first + rows, plane: m.plane, more: this.shown === "all" && !this.complete });
       if (m.plane === "core" && this.shown !== "all") {
         const shown = manifest.chunks.every((_, k) => this.have.has(`core ${k}`)) ? "all" : "some";
         const before = this.shown;
@@ -217,7 +225,7 @@ export class Connection extends Emitter<ConnectionEvents> {
       if (this.scene !== scene) return;
       writeChunk(scene!, "features", k * m!.chunk_size, chunk.count, bytes);
       this.have.set(`features ${k}`, chunk.version);
-      this.emit("chunk", { first: k * m!.chunk_size, last: k * m!.chunk_size + chunk.count, plane: "features" });
+      this.emit("chunk", { first: k * m!.chunk_size, last: k * m!.chunk_size + chunk.count, plane: "features", more: false });
     }
   }
 

@@ -36,7 +36,7 @@ function start(): void {
     about.replaceChildren(...(line ? [dot] : []), [app.scene ? `${show(app.scene.count)} Gaussians, SH ${app.scene.shDegree}` : "no scene yet", step ? `step ${show(step)}` : "", state].filter(Boolean).join(" · "));
   };
   const compare = new Compare(app, (i) => (line ? line.photo(i) : Promise.reject(new Error("there is no server to fetch it from"))));
-  const cameras = camerasPanel(app, compare) as HTMLElement & { refresh(): void }, curves = curvesPanel(), path = pathPanel(app);
+  const cameras = camerasPanel(app, compare) as HTMLElement & { refresh(): void }, curves = curvesPanel(), path = pathPanel(app, (view, background) => (line ? line.frame(view, background) : null));
   const aside = h("aside", { className: "floating panel", "aria-label": "Settings" }, topBar(app, () => savePicture(app)), h("div", { className: "scroll" },
     viewsPanel(app, () => (line ? (manifest?.heat ?? []) : []), () => line?.want("features"), () => !!manifest?.features && !!line), cameras, curves.element, drawingPanel(app), measurePanel(app), editPanel(app, () => (line ? line.exact() : Promise.resolve(app.scene!))), path.element));
   document.body.append(title, aside);
@@ -80,10 +80,10 @@ function start(): void {
   function connect(key: string): Connection {
     const to = new Connection(key);
     app.complete = () => to.complete;
-    app.heat = (what) => to.heat(Math.max(0, to.manifest?.heat.indexOf(what) ?? 0));
+    app.heat = (what) => to.heat(what);
     to.on("manifest", (m) => {
       manifest = m.manifest;
-      app.heatName ||= manifest.heat[0] ?? "";
+      if (!manifest.heat.includes(app.heatName)) app.heatName = manifest.heat[0] ?? "";
       if (m.fresh) app.open(m.scene, manifest, !!app.scene && app.scene !== m.scene && opened === manifest.id);
       else {
         app.setCameras(manifest.cameras);
@@ -97,8 +97,8 @@ function start(): void {
       cameras.refresh();
       describe();
     });
-    to.on("chunk", ({ first, last, plane }) => {
-      if (plane !== "features") return app.update(first, last);
+    to.on("chunk", ({ first, last, plane, more }) => {
+      if (plane !== "features") return app.update(first, last, more);
       if (app.stage.look === "features" || last === app.scene?.count) app.emit("look", app.stage.look);
     });
     to.on("rows", ({ first }) => app.arrived(first));

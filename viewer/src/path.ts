@@ -1,4 +1,4 @@
-/** A camera path through keyframes: smooth in place and rotation, and the JSON file that `splatkit render --path` reads (splatkit/paths.py). */
+/** A camera path through keyframes: smooth in place and rotation; its frames, and the JSON file that `splatkit render --path` reads (splatkit/paths.py). */
 import { CatmullRomCurve3, Quaternion, Vector3 } from "three";
 import { copyOf, poseOf, viewOf, type Pose, type View } from "./pose";
 
@@ -38,8 +38,13 @@ export class CameraPath {
     return Array.from({ length: steps + 1 }, (_, i) => this.at(i / steps).position);
   }
 
+  /** What each frame shows. */
+  views(width: number, height: number): View[] {
+    return Array.from({ length: this.frames }, (_, i) => viewOf(this.at(this.frames > 1 ? i / (this.frames - 1) : 0), width, height));
+  }
+
   toJson(width: number, height: number): string {
-    const frames = Array.from({ length: this.frames }, (_, i) => viewOf(this.at(this.frames > 1 ? i / (this.frames - 1) : 0), width, height));
+    const frames = this.views(width, height);
     const rows = (m: Float32Array, n: number) => Array.from({ length: n }, (_, i) => Array.from(m.subarray(n * i, n * (i + 1))));
     return JSON.stringify({ width, height, fps: this.fps, frames: frames.map((v: View) => ({ world_to_cam: rows(v.worldToCam, 4), K: rows(v.K, 3) })), keys: this.keys.map(plain) });
   }

@@ -54,18 +54,17 @@ export function blankScene(count: number, shDegree: 0 | 1 | 2 | 3, header: Scene
   };
 }
 
-/** Where most of the opacity is: the weighted median of the means and the radius that holds 4/5 of it; a sample of at most 50,000 rows. */
+/** Where most of the opacity is: the weighted median of the means and the radius that holds 4/5 of it; a sample of at most 4,000 rows. */
 export function whereabouts(scene: SplatScene): { centre: [number, number, number]; radius: number } {
-  const every = Math.max(1, Math.floor(scene.count / 50_000)), rows: number[] = [];
+  const every = Math.max(1, Math.ceil(scene.count / 4000)), rows: number[] = [];
   for (let i = 0; i < scene.count; i += every) if (scene.logitOpacities[i]! > ABSENT && finite(scene.means, i)) rows.push(i);
   if (!rows.length) return { centre: [0, 0, 0], radius: 1 };
-  const weight = new Map(rows.map((i) => [i, 1 / (1 + Math.exp(-scene.logitOpacities[i]!))]));
-  const total = rows.reduce((sum, i) => sum + weight.get(i)!, 0);
+  const weights = rows.map((i) => 1 / (1 + Math.exp(-scene.logitOpacities[i]!))), total = weights.reduce((sum, w) => sum + w, 0);
   const quantile = (value: (i: number) => number, share: number): number => {
-    const sorted = rows.map((i) => [value(i), weight.get(i)!] as const).sort((a, b) => a[0] - b[0]);
+    const values = Float64Array.from(rows, value), order = Uint32Array.from(rows.keys()).sort((a, b) => values[a]! - values[b]!);
     let sum = 0;
-    for (const [v, w] of sorted) if ((sum += w) >= share * total) return v;
-    return sorted.at(-1)![0];
+    for (const k of order) if ((sum += weights[k]!) >= share * total) return values[k]!;
+    return values[order.at(-1)!]!;
   };
   const centre = [0, 1, 2].map((k) => quantile((i) => scene.means[3 * i + k]!, 0.5)) as [number, number, number];
   const distance = (i: number) => Math.hypot(...[0, 1, 2].map((k) => scene.means[3 * i + k]! - centre[k]!));

@@ -8,6 +8,7 @@ import type { SplatScene } from "./scene";
 
 export type BackendChoice = "auto" | "webgl" | "wasm";
 const SLOW_MS = 120; // of a WebGL2 frame, above which the WebAssembly rasterizer is tried
+const MORE_MS = 1000; // that the picture of a run waits for the rest of an update: drawn after each part, a million Gaussians keep a core busy
 const MOVING_MS = 70; // of a WebAssembly frame while the camera moves: fewer pixels hold it
 
 /** After a frame: the canvas shows the view, shows it nearly, shows what it did before, or nothing had changed. */
@@ -47,6 +48,7 @@ export class Stage {
   private scheduled = false;
   private waiters: (() => void)[] = [];
   private timed = 0;
+  private waiting = 0; // timer of rows that changed and are not drawn
   look: Look = "colour";
   range: [number, number] = [0, 1];
   background: Rgb = [0, 0, 0];
@@ -56,7 +58,8 @@ export class Stage {
 
   /** `view` says what is to be seen; `over` draws on top of it, `failed` gets what went wrong in a line. */
   constructor(readonly canvas: HTMLCanvasElement, private readonly view: () => View, private readonly over: (view: View) => void, private readonly failed: (message: string) => void) {
-    const gl = canvas.getContext("webgl2", { alpha: false, antialias: false, depth: true, powerPreference: "high-performance" });
+    this.raster.start(); // beside the graphics process, which is long in making a context
+    const gl = canvas.getContext("webgl2", { alpha: false, antialias: false, depth: false, powerPreference: "high-performance" });
     if (!gl) throw new Error("this browser offers no WebGL2, which the viewer draws with; try a current Firefox, Chrome, Edge or Safari");
     this.gl = gl;
     const info = gl.getExtension("WEBGL_debug_renderer_info");
@@ -105,12 +108,20 @@ export class Stage {
     this.broken = false;
     this.timed = 0;
     this.changedRows();
+    queueMicrotask(() => this.begin()); // once the camera stands
   }
-  update(first: number, last: number): void {
-    this.orders.update(this.scene!, first, last);
+  /** Has WebAssembly draw without waiting for the browser's next frame, which comes late while a page is young. */
+  private begin(): void {
+    const view = this.view();
+    if (this.backend === "wasm" && !this.rendering && view.width > 1 && this.scene?.count) void this.renderByWasm(view, this.key(), 1);
+  }
+  /** Rows changed; with `more` of them on the way the picture waits for those, a little. */
+  update(first: number, last: number, more = false): void {
+    this.orders.update(first, last);
     this.raster.update(first, last);
     this.engine?.update(first, last);
-    this.changedRows();
+    if (!more) this.changedRows();
+    else this.waiting ||= window.setTimeout(() => this.changedRows(), MORE_MS);
   }
   setVisible(visible: Uint8Array | null): void {
     this.orders.setVisible(visible);
@@ -126,6 +137,8 @@ export class Stage {
     this.invalidate();
   }
   private changedRows(): void {
+    clearTimeout(this.waiting);
+    this.waiting = 0;
     this.rowsStamp++;
     this.invalidate();
   }
@@ -219,9 +232,9 @@ export class Stage {
 
   private async renderByWasm(view: View, key: string, scale: number): Promise<void> {
     this.rendering = true;
-    const s = this.shot(), look = s.look === "colour" || s.look === "alpha" ? "colour" : s.look === "depth" || s.look === "normal" ? s.look : "attribute";
+    const s = this.shot();
     try {
-      const p = await this.raster.render(smaller(view, scale), look, s.reading, s.background);
+      const p = await this.raster.render(smaller(view, scale), attributeOf(s.look), s.reading, s.background);
       this.drawn = { view, key, pixels: p.pixels, width: p.width, height: p.height };
       this.frameMs = p.ms;
       this.scale = Math.min(1, Math.max(0.3, scale * Math.sqrt(MOVING_MS / Math.max(p.ms, 1))));
@@ -247,13 +260,11 @@ export class Stage {
     return this.raster.weights(this.view(), x, y);
   }
 
-  /** A picture of another view or size: 8-bit pixels, top row first. */
-  async capture(view: View, shot: Shot = this.shot()): Promise<ImageData> {
+  /** A picture of another view or size: 8-bit pixels, top row first; `exact` by the WebAssembly rasterizer whatever draws. */
+  async capture(view: View, shot: Shot = this.shot(), exact = false): Promise<ImageData> {
     let pixels: Uint8ClampedArray<ArrayBuffer>;
-    if (this.backend === "wasm") {
-      const look = shot.look === "colour" || shot.look === "alpha" ? "colour" : shot.look === "depth" || shot.look === "normal" ? shot.look : "attribute";
-      pixels = (await this.raster.render(view, look, shot.reading, shot.background)).pixels;
-    } else {
+    if (exact || this.backend === "wasm") pixels = (await this.raster.render(view, attributeOf(shot.look), shot.reading, shot.background)).pixels;
+    else {
       if (!this.engine) throw new Error("the graphics context is lost; try again in a moment");
       pixels = await this.engine.capture(view, shot);
       this.invalidate();
@@ -270,6 +281,9 @@ export class Stage {
     return new ImageData(this.engine!.canvasPixels(width, height), width, height);
   }
 }
+
+/** What the WebAssembly rasterizer blends for a look. */
+const attributeOf = (look: Look) => (look === "colour" || look === "alpha" ? "colour" : look === "depth" || look === "normal" ? look : "attribute");
 
 function smaller(view: View, scale: number): View {
   if (scale === 1) return view;

@@ -19,6 +19,9 @@ const commands = {
     await page.goto(url);
     return id;
   },
+  async goto({ page, url }) {
+    await pages.get(page).page.goto(url);
+  },
   async run({ page, code, argument }) {
     const late = new Promise((_, failed) => setTimeout(failed, 30_000, new Error("the page took over 30 s")).unref());
     return Promise.race([pages.get(page).page.evaluate(`(async (argument) => { ${code} })(${JSON.stringify(argument ?? null)})`), late]);

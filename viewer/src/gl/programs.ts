@@ -8,15 +8,17 @@ export class Program {
 
   constructor(private readonly gl: GL, vertex: string, fragment: string) {
     this.handle = gl.createProgram();
-    for (const [type, source] of [[gl.VERTEX_SHADER, vertex], [gl.FRAGMENT_SHADER, fragment]] as const) {
+    const shaders = ([[gl.VERTEX_SHADER, vertex], [gl.FRAGMENT_SHADER, fragment]] as const).map(([type, source]) => {
       const shader = gl.createShader(type)!;
       gl.shaderSource(shader, source);
       gl.compileShader(shader);
-      if (!gl.getShaderParameter(shader, gl.COMPILE_STATUS) && !gl.isContextLost()) throw new Error(`a shader does not compile here: ${gl.getShaderInfoLog(shader) ?? ""}`);
       gl.attachShader(this.handle, shader);
-    }
+      return shader;
+    });
     gl.linkProgram(this.handle);
-    if (!gl.getProgramParameter(this.handle, gl.LINK_STATUS) && !gl.isContextLost()) throw new Error(`shaders do not link here: ${gl.getProgramInfoLog(this.handle) ?? ""}`);
+    // Each question waits for the graphics process: one is asked where all is well.
+    if (gl.getProgramParameter(this.handle, gl.LINK_STATUS) || gl.isContextLost()) return;
+    throw new Error(`shaders do not compile and link here: ${[...shaders.map((s) => gl.getShaderInfoLog(s)), gl.getProgramInfoLog(this.handle)].filter(Boolean).join(" ")}`);
   }
   use(): this {
     this.gl.useProgram(this.handle);

@@ -131,17 +131,15 @@ precision highp float;
 uniform sampler2D sums, ramp;
 uniform vec3 background;
 uniform vec2 range;               // low, and 1 / (high - low)
-uniform vec2 size;                // of the target
-uniform int look;                 // 0: colour, 1: alpha, 2: by a ramp, mean value, 3: normal, 4: ready picture
+uniform int look;                 // 0: colour, 1: alpha, 2: by a ramp, mean value, 3: normal
 out vec4 color;
 void main() {
-  vec4 s = look == 4 ? vec4(0.0) : texelFetch(sums, ivec2(gl_FragCoord.xy), 0);
+  vec4 s = texelFetch(sums, ivec2(gl_FragCoord.xy), 0);
   vec3 c = s.rgb + (1.0 - s.a) * background;
   if (look == 1) c = vec3(s.a);
   else if (look == 2) {
     float v = clamp((s.r / max(s.a, 1e-6) - range.x) * range.y, 0.0, 1.0);
     c = mix(background, texture(ramp, vec2(v * (255.0 / 256.0) + 0.5 / 256.0, 0.5)).rgb, s.a);
   } else if (look == 3) c = mix(background, dot(s.rgb, s.rgb) > 0.0 ? 0.5 + 0.5 * normalize(s.rgb) : vec3(0.5), s.a);
-  else if (look == 4) c = texture(sums, vec2(gl_FragCoord.x / size.x, 1.0 - gl_FragCoord.y / size.y)).rgb;
   color = vec4(c, 1.0);
 }`;

@@ -42,6 +42,15 @@ export function download(name: string, blob: Blob): void {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
+/** The bytes of a picture in a format; what a browser cannot write comes as PNG. */
+export async function encoded(image: ImageData, type: "image/png" | "image/webp", quality = 0.92): Promise<Blob> {
+  const canvas = h("canvas", { width: image.width, height: image.height });
+  canvas.getContext("2d")!.putImageData(image, 0, 0);
+  return new Promise((done, failed) => canvas.toBlob((blob) => (blob ? done(blob) : failed(new Error("the browser has no memory left for the picture"))), type, quality));
+}
+/** A file's name from what a scene calls itself. */
+export const fileName = (name: string): string => name.replace(/[^\w.-]+/g, "_").slice(0, 60) || "scene";
+
 /** Short and readable: 4 digits at most, thousands in groups. */
 export function show(x: number): string {
   if (!Number.isFinite(x)) return "–";

@@ -6,7 +6,7 @@ import { reasonOf } from "../errors";
 import type { Box } from "../overlay";
 import { project } from "../pose";
 import type { SplatScene } from "../scene";
-import { button, check, download, h, press, row, section, show } from "./dom";
+import { button, check, download, fileName, h, press, row, section, show } from "./dom";
 
 export function editPanel(app: App, exact: () => Promise<SplatScene>): HTMLElement {
   let whole: Box | null = null, box: Box | null = null, selecting = false;
@@ -73,7 +73,7 @@ export function editPanel(app: App, exact: () => Promise<SplatScene>): HTMLEleme
   };
   const save = button("Export PLY", () => void exact().then((scene) => {
     if (scene.count !== app.scene?.count) throw new Error("the run has gone on and its rows are others now; edit once it has ended");
-    download(`${scene.header.name.replace(/[^\w.-]+/g, "_").slice(0, 60) || "scene"}-edited.ply`, toPly(scene, app.edits.visible(scene)));
+    download(`${fileName(scene.header.name)}-edited.ply`, toPly(scene, app.edits.visible(scene)));
   }).catch((why: unknown) => app.say(`export: ${reasonOf(why)}`)), { id: "export", title: "What is shown, in full precision" });
   const refresh = () => {
     undo.disabled = !app.edits.canUndo;

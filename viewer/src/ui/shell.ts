@@ -1,7 +1,7 @@
 /** What frames the panels: title, status line, messages, help, theme, opening files, keys. */
 import type { App } from "../app";
 import type { Rgb } from "../mapping";
-import { button, download, h, show } from "./dom";
+import { button, download, encoded, fileName, h, show } from "./dom";
 
 /** Lines at the top, one for each key; an empty text takes its line away. */
 export function messages(app: App): void {
@@ -84,9 +84,7 @@ export function welcome(app: App): void {
 
 export async function savePicture(app: App): Promise<void> {
   if (!app.scene) return;
-  const image = await app.stage.capture(app.view()), canvas = h("canvas", { width: image.width, height: image.height });
-  canvas.getContext("2d")!.putImageData(image, 0, 0);
-  canvas.toBlob((blob) => blob && download(`${app.scene!.header.name.replace(/[^\w.-]+/g, "_").slice(0, 60) || "scene"}.png`, blob), "image/png");
+  download(`${fileName(app.scene.header.name)}.png`, await encoded(await app.stage.capture(app.view()), "image/png"));
 }
 
 const KEYS: [string, string][] = [["Drag", "turn; one finger on a touch screen"], ["Shift + drag, right drag", "move sideways; two fingers"], ["Wheel", "nearer and farther; pinch"], ["W A S D Q E", "fly"], ["Arrows", "turn"],

@@ -6,7 +6,8 @@ import { ABSENT, type SplatScene } from "../scene";
 import { WasmRaster } from "../wasm";
 
 export type RasterRequest =
-  | { type: "scene"; wasm: ArrayBuffer | null; scene: SplatScene }
+  | { type: "module"; wasm: ArrayBuffer }
+  | { type: "scene"; scene: SplatScene }
   | { type: "rows"; first: number; means: Float32Array; quats: Float32Array; logScales: Float32Array; logitOpacities: Float32Array; sh: Float32Array }
   | { type: "visible"; visible: Uint8Array | null }
   | { type: "attribute"; values: Float32Array | null }
@@ -45,10 +46,9 @@ function use(attribute: "colour" | "attribute" | "normal", view: View): void {
 }
 
 async function answer(m: RasterRequest): Promise<void> {
-  if (m.type === "scene") {
-    if (m.wasm) raster = await WasmRaster.load(m.wasm);
-    [scene, given, visible, stale] = [m.scene, null, null, true];
-  } else if (m.type === "rows") {
+  if (m.type === "module") raster = await WasmRaster.load(m.wasm);
+  else if (m.type === "scene") [scene, given, visible, stale] = [m.scene, null, null, true];
+  else if (m.type === "rows") {
     const s = scene!, fields = [s.means, s.quats, s.logScales, s.logitOpacities, s.sh], parts = [m.means, m.quats, m.logScales, m.logitOpacities, m.sh];
     fields.forEach((field, k) => field.set(parts[k]!, (m.first * field.length) / s.count));
     if (!stale && !visible) raster!.setRows(m.first, m);

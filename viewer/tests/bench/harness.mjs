@@ -12,7 +12,7 @@ export function bench(engine) {
     const pixels = read();
     let hash = 2166136261;
     for (let i = 0; i < pixels.length; i++) hash = Math.imul(hash ^ pixels[i], 16777619);
-    if (!changes.frames++) blank = hash;
+    if (!changes.frames++) blank = hash; // before the loading begins
     if (hash === changes.hash) changes.same++;
     else Object.assign(changes, { hash, same: 0, at: performance.now() });
   }
@@ -41,6 +41,8 @@ export function bench(engine) {
     /** Draws until the picture is none without a scene and, after the loading, the same for 4 frames and `quiet` ms; milliseconds since the navigation began, and the clock's time then, of the last change. */
     async opened(url, view, quiet) {
       engine.pose(view);
+      engine.draw();
+      look();
       const loading = engine.load(url).then(() => {
         engine.pose(view);
         changes.same = 0;

@@ -1,7 +1,11 @@
-"""Unpacking with a limit: no more is unpacked than a header asks for and one byte, whatever the packed bytes would like."""
+"""Packed bytes: gzip written by several threads, and unpacking with a limit: no more than a header asks for and one byte, whatever the packed bytes would like."""
 from __future__ import annotations
 
+import itertools
+import struct
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import zstandard
 
@@ -17,6 +21,25 @@ def plausible(path, where: str, unpacked: int, packed: int) -> None:
     """Raises BadFile for a claim that no honest file of this many bytes makes."""
     if unpacked > FREE + RATIO_MAX * packed:
         raise BadFile(path, where, f"claims {unpacked} bytes of data, which cannot be in a file of {packed} bytes")
+
+
+def gzipped(data: list[memoryview], level: int) -> Iterator[bytes]:
+    """One gzip stream of all the pieces. Parts of a megabyte are packed by themselves, two at a time, each ending on a whole byte (as pigz does it)."""
+    parts = [piece[at:at + PIECE] for piece in data for at in range(0, len(piece), PIECE)]
+
+    def pack(part: memoryview) -> bytes:
+        packer = zlib.compressobj(level, wbits=-15)
+        return packer.compress(part) + packer.flush(zlib.Z_FULL_FLUSH)
+    checksum = 0
+    yield b"\x1f\x8b\x08" + bytes(6) + b"\xff"
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(pack, part) for part in parts[:8]]      # so that little is packed but not written
+        for i, part in enumerate(parts):
+            yield waiting[i].result()
+            waiting[i] = None
+            waiting += [pool.submit(pack, later) for later in itertools.islice(parts, i + 8, i + 9)]
+            checksum = zlib.crc32(part, checksum)
+    yield b"\x03\x00" + struct.pack("<II", checksum, sum(map(len, parts)) & 0xFFFFFFFF)      # an empty last block
 
 
 class Gunzip:

@@ -1,0 +1,193 @@
+"""A live scene in a server, step by step: only what changed goes out, to those who take it, for a small share of the time."""
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import unwire
+from served import Page, get, scene_of
+
+from splatkit import Scene, clients, wire
+from splatkit.capture import SceneHeader
+from splatkit.scene import Edit
+from splatkit.serve import Viewer
+from splatkit.shown import Cache, Live, Shown
+
+
+class Steps:
+    """A live scene without a run: steps on command, in a server."""
+
+    def __init__(self, scene, rate=1000.0):
+        self.shown = Shown("live", SceneHeader(), sh_degree=scene.sh_degree, live=True)
+        self.viewer = Viewer([self.shown])
+        self.live, self.scene, self.step = Live(self.shown, self.viewer.hand_over, rate), scene, 0
+        self.live.follow(None, len(scene), 0, "cpu")
+        self.live.take(scene, 0, complete=True)
+        self.viewer.start()
+
+    def go(self, scene: Scene, edit: Edit | None = None) -> None:
+        """One step, once a copy is due."""
+        self.scene, self.step = scene, self.step + 1
+        self.live.follow(edit, len(scene), self.step, "cpu")
+        end = time.monotonic() + 10
+        while not self.live.due() and time.monotonic() < end:
+            time.sleep(0.005)
+        self.live.take(scene, self.step, {"age": self.step - self.live.born})
+
+
+@pytest.fixture
+def steps():
+    made = []
+    yield lambda *a, **k: made.append(Steps(*a, **k)) or made[-1]
+    for s in made:
+        s.viewer.close(0)
+
+
+def test_only_changed_chunks_are_sent_again(steps):
+    run = steps(scene_of(2 * wire.CHUNK + 10, 0))
+    client = Page(run.viewer)
+    client.take_all()
+    assert len(client.frames) == 3
+    moved = run.scene.clone()
+    moved.means[-1] += 1
+    run.go(moved)
+    client.take()       # the manifest
+    client.take_all()
+    assert [(f["chunk"], f["frame"]) for f in client.frames[3:]] == [(2, 2)]
+    assert np.allclose(unwire.core(client.chunks["core", 2][1])[-1]["mean"], moved.means[-1], atol=1e-3)
+    client.raw.close()
+
+
+def test_a_slow_client_gets_the_latest_state_and_not_each(steps):
+    run = steps(scene_of(100, 0))
+    client = Page(run.viewer)
+    client.take(), client.take(acknowledge=False)
+    for _ in range(5):
+        run.shown.wanted = math.inf
+        run.go(run.scene.replace(means=run.scene.means + 1))
+    client.raw.say(type="ack", frame=1)
+    while client.manifests[-1]["step"] != 5 or not client.whole():
+        client.take()
+    assert len(client.frames) <= 3      # the first, perhaps one on the way, the last
+    assert client.chunks["core", 0][1] == wire.core(run.scene)
+    client.raw.close()
+
+
+def test_a_client_that_comes_back_gets_the_whole(steps):
+    run = steps(scene_of(wire.CHUNK + 1, 0))
+    client = Page(run.viewer)
+    client.take()
+    client.raw.close()
+    again = Page(run.viewer)
+    again.take_all()
+    assert len(again.frames) == 2
+    again.raw.close()
+
+
+def test_a_scene_that_grows_and_shrinks_is_followed(steps):
+    run = steps(scene_of(wire.CHUNK + 9, 1))
+    client = Page(run.viewer)
+    client.take_all()
+    for n in (2 * wire.CHUNK + 1, 40, 300, 0):
+        scene = scene_of(n, 1, seed=n)
+        run.go(scene, Edit(torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool)))
+        while client.manifests[-1]["count"] != n or not client.whole():
+            client.take()
+        for k in range(len(client.manifests[-1]["chunks"])):
+            rows = scene.rows(slice(k * wire.CHUNK, (k + 1) * wire.CHUNK))
+            assert client.chunks["core", k][1] == wire.core(rows) and client.chunks["sh", k][1] == wire.sh(rows)
+    client.raw.close()
+
+
+def test_higher_bands_are_copied_only_while_somebody_looks_at_them(steps):
+    run = steps(scene_of(50, 2))
+    run.shown.wanted = math.inf
+    run.go(run.scene.replace(means=run.scene.means + 1))
+    end = time.monotonic() + 5
+    while run.shown.state.step != 1 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not run.shown.state.complete
+    fetched = []
+    thread = threading.Thread(target=lambda: fetched.append(get(run.viewer, "/api/scene/0/chunk/0/sh")))
+    thread.start()
+    while run.shown.sh_wanted == 0 and time.monotonic() < end:
+        time.sleep(0.01)
+    run.go(run.scene.replace(means=run.scene.means + 1))
+    thread.join(10)
+    assert fetched[0][0] == 200 and fetched[0][2] == wire.sh(run.scene)
+
+
+def test_no_copy_is_made_while_nobody_looks(steps):
+    run = steps(scene_of(50, 0))
+    assert not run.live.due()
+    client = Page(run.viewer)
+    client.take_all()
+    end = time.monotonic() + 5
+    while not run.live.due() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert run.live.due()
+    client.raw.close()
+
+
+def test_a_page_that_has_all_keeps_the_run_handing_copies_over_however_seldom_they_come(steps, monkeypatch):
+    monkeypatch.setattr(clients, "WANTED_SECONDS", 0.4)
+    run = steps(scene_of(50, 0))
+    client = Page(run.viewer)
+    client.take_all()
+    time.sleep(1.0)         # nothing is said in that time
+    assert time.monotonic() < run.shown.wanted
+    client.raw.close()
+    end = time.monotonic() + 5
+    while run.viewer.clients and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.6)
+    assert time.monotonic() > run.shown.wanted
+
+
+def test_copies_take_no_more_than_their_share_of_the_time():
+    scene, work = scene_of(100_000, 0), []
+    live = Live(Shown("x", SceneHeader(), live=True), work.append, rate=1e6)
+    live.shown.wanted = math.inf
+    live.take(scene, 1)
+    assert not live.due()       # the copy before is still on its way
+    work.pop()()
+    assert not live.due()
+    live.taken_at -= 0.9 * live.seconds / 0.015
+    assert not live.due()
+    live.taken_at -= 0.2 * live.seconds / 0.015
+    assert live.due()
+    live.shown.chunk(Cache(), "core", 0)
+    assert live.shown.spent > 0
+    live.shown.spent += 60
+    assert not live.due()
+
+
+def test_a_copy_does_not_change_when_the_run_goes_on(steps):
+    """Buffers are used again, but never while somebody may read them."""
+    run = steps(scene_of(500, 0))
+    run.shown.wanted = math.inf
+    for i in range(6):
+        expected = run.scene.means + i
+        run.go(run.scene.replace(means=expected.clone()))
+        run.scene.means.fill_(math.nan)
+        run.scene = run.scene.replace(means=expected)
+        end = time.monotonic() + 5
+        while run.shown.state.step != run.step and time.monotonic() < end:
+            time.sleep(0.002)
+        assert torch.equal(run.shown.state.scene.means, expected)
+
+
+def test_age_follows_the_edits_of_rows(steps):
+    run = steps(scene_of(3, 0))
+    run.shown.wanted = math.inf
+    run.go(run.scene)
+    run.go(run.scene, Edit(torch.tensor([0, 1, 1, 0]), torch.tensor([False, False, True, False])))
+    run.scene = scene_of(4, 0)
+    run.go(run.scene)
+    end = time.monotonic() + 5
+    while run.shown.state.step != 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    status, _, data = get(run.viewer, "/api/scene/0/chunk/0/heat?name=age")
+    assert status == 200 and [row[0] for row in unwire.ranged(data, b"SKT1")] == [3, 3, 1, 3]

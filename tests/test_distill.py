@@ -285,7 +285,7 @@ def test_no_gradient_reaches_teacher_or_geometry_and_some_reaches_every_adapter_
         carriers[-1].scene.requires_grad_()
         return carriers[-1]
     labels = make_labels([sample], teacher, geometry, config, contextlib.nullcontext())
-    loss_of([sample], model, teacher, labels, config, Center(None, 0.9), contextlib.nullcontext(), Tally()).backward()
+    loss_of([sample], model, model.head, teacher, labels, config, Center(None, 0.9), contextlib.nullcontext(), Tally()).backward()
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
     assert all(x.grad is None for x in carriers[0].scene.fields().values()) and not labels[0].tokens.requires_grad
     names = trained(model)

@@ -68,10 +68,10 @@ def cross_view_error(weights: BackboneConfig) -> float:
 
 
 def test_20_steps_lower_the_excess_and_the_error_across_views_of_a_room_not_seen(tmp_path):
-    distill(settings(tmp_path, batch=4, adapter=Adapter(dropout=0.0), lr=1e-2, label=LabelConfig(blend=1.0)))
+    distill(settings(tmp_path, batch=4, adapter=Adapter("full"), lr=1e-3, label=LabelConfig(blend=1.0)))
     excess = [line["excess"] for line in lines(tmp_path)]
     assert sum(excess[-5:]) < 0.8 * sum(excess[:5])
-    assert cross_view_error(backbones.of_file(tmp_path / "backbone.safetensors")) < 0.98 * cross_view_error(TINY)
+    assert cross_view_error(backbones.of_file(tmp_path / "backbone.safetensors")) < 0.85 * cross_view_error(TINY)       # 0.68 of it
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(whole, tmp_path):

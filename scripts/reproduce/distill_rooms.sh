@@ -7,7 +7,7 @@ for stage in pretrain ceiling train probe tables; do
     code=3
     while [ "$code" = 3 ]; do
         code=0
-        python3 scripts/reproduce/distill_rooms.py "$stage" "$@" || code=$?
+        "${PYTHON:-python3}" scripts/reproduce/distill_rooms.py "$stage" "$@" || code=$?
     done
     [ "$code" = 0 ] || exit "$code"
 done

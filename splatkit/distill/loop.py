@@ -60,8 +60,12 @@ class Run:
         half = config.amp == "bf16" or config.amp == "auto" and device == "cuda"
         self.precision = lambda: torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext()
         # Gradients are averaged while the backward pass still runs; the wrapper shares the student's weights.
-        self.parallel = torch.nn.parallel.DistributedDataParallel(self.student, device_ids=[torch.cuda.current_device()] if device == "cuda" else None,
-                                                                  broadcast_buffers=False) if shard.world > 1 else self.student
+        self.parallel = torch.nn.parallel.DistributedDataParallel(self.student, device_ids=[torch.cuda.current_device()] if device == "cuda" else None) if shard.world > 1 else self.student
+
+    def forward(self, *inputs) -> tuple[Tensor, Tensor | None]:
+        """The student's, which talks to the other processes where there are some."""
+        with exchange() if self.shard.world > 1 else contextlib.nullcontext():
+            return self.parallel(*inputs)
 
     def save(self, folder: Path) -> None:
         center = {} if self.center.value is None else {"center": self.center.value}
@@ -139,10 +143,10 @@ def _distill(config: Distill, report, say, watcher: Watcher, shard: Shard, scene
                 together = contextlib.nullcontext() if k == parts - 1 or shard.world == 1 else run.parallel.no_sync()
                 with together:
                     if config.method == "correspondence":
-                        loss = correspondence_loss(batch, run.parallel, run.precision(), tally)
+                        loss = correspondence_loss(batch, run.forward, run.precision(), tally)
                     else:
                         labels = make_labels(batch, run.teacher, geometry, config, run.precision())
-                        loss = loss_of(batch, run.parallel, run.teacher, labels, config, run.center, run.precision(), tally)
+                        loss = loss_of(batch, run.forward, run.student.head, run.teacher, labels, config, run.center, run.precision(), tally)
                     with exchange() if shard.world > 1 else contextlib.nullcontext():
                         (loss / parts).backward()
                 tally.add(loss=loss)

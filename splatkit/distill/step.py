@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import Distill
 from .geometry import Geometry
-from .head import cross_entropy, mean_over_valid, prototype_entropy, token_losses
+from .head import Head, cross_entropy, mean_over_valid, prototype_entropy, token_losses
 from .label import Label, labels_of
 from .samples import Sample
 from .student import Student, Teacher
@@ -91,9 +91,10 @@ def _kept(view: View, tokens: Float[Tensor, "h w C"]):
     return F.adaptive_avg_pool2d(view.kept[None].float(), (h, w))[0] >= 0.5
 
 
-def loss_of(samples: list[Sample], student: Callable, teacher: Teacher, labels: list[Label], config: Distill, center: Center, precision, tally: Tally) -> Float[Tensor, ""]:
+def loss_of(samples: list[Sample], student: Callable, own_head: Head | None, teacher: Teacher, labels: list[Label], config: Distill, center: Center, precision,
+            tally: Tally) -> Float[Tensor, ""]:
     """The mean over target photos of the mean loss over their valid tokens; a photo without a valid token counts as 0. `student` is the Student, or
-    what wraps it for several processes.
+    what wraps it for several processes, `own_head` its head.
 
     The paper's mean is over all tokens at once; a mean of means can be added up over micro-batches and processes without one knowing the others' counts.
     """
@@ -109,10 +110,10 @@ def loss_of(samples: list[Sample], student: Callable, teacher: Teacher, labels: 
         counts = valid
     flat = counts.flatten(1)
     if config.loss.kind == "dino":
-        head = student.module.head if hasattr(student, "module") else student.head
         with torch.no_grad(), precision:
-            theirs = (head if config.head.shared else teacher.model.head)(wanted).float()
-        center.see(theirs[counts]) if config.loss.centering == "mean" else None
+            theirs = (own_head if config.head.shared else teacher.model.head)(wanted).float()
+        if config.loss.centering == "mean":
+            center.see(theirs[counts])
         loss, excess = cross_entropy(scores.flatten(0, 2), theirs.flatten(0, 2), config.loss.student_temperature, config.loss.teacher_temperature,
                                      center.value, config.loss.centering == "sinkhorn")
         tally.add(excess=torch.stack([mean_over_valid(e, v) for e, v in zip(excess.view_as(flat), flat)]).mean(),

@@ -67,10 +67,9 @@ def main() -> None:
             with stage("splatting", counted):
                 drawn = render(scene, target.camera, outputs=("features",))
             with stage("blending", counted):
-                features, valid = drawn.features[0] / drawn.alpha[0].clamp(min=1e-6)[..., None], drawn.alpha[0] > config.label.alpha_min
-                features = maps.blend(features, label.regions_of(target, tokens[0], config.label), config.label.blend, valid)
-                wanted = Label(*maps.shrink(features, valid, *tokens.shape[1:3]))
-            del up, scene, drawn, features
+                regions, alpha = label.regions_of(target, tokens[0], config.label), drawn.alpha[0]
+                wanted = Label(*maps.blended_and_shrunk(drawn.features[0], 1 / alpha.clamp(min=1e-6), regions, config.label.blend, alpha > config.label.alpha_min, *tokens.shape[1:3]))
+            del up, scene, drawn
         with stage("student and head, forward and loss", counted):
             loss = loss_of([sample], run.forward, run.student.head, run.teacher, [wanted], config, run.center, run.precision(), Tally())
         with stage("backward", counted):

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from .errors import BackendUnavailable
 
-_libraries = []     # op schemas live as long as the object that registered them
+_libraries: list = []     # op schemas live as long as the object that registered them
 
 
 def timm() -> ModuleType:

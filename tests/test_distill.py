@@ -14,7 +14,7 @@ from splatkit.distill.config import Adapter, BackboneConfig, DataConfig, Distill
 from splatkit.distill.geometry import Carrier, at_depth, from_depth, mirrored
 from splatkit.distill.head import Head, _sinkhorn, cross_entropy, mean_over_valid
 from splatkit.distill.label import labels_of, pixel_maps
-from splatkit.distill.maps import blend, kmeans_regions, region_means, shrink, token_labels, upsample
+from splatkit.distill.maps import blend, blended_and_shrunk, kmeans_regions, region_means, shrink, token_labels, upsample
 from splatkit.distill.samples import Sample, Samples, draw
 from splatkit.distill.step import Center, Tally, common_points, loss_of, make_labels, project, unproject
 from splatkit.distill.student import Teacher, student_of, trained
@@ -139,6 +139,15 @@ def test_what_is_not_valid_does_not_reach_the_token_grid(how):
     small, seen = shrink(features, valid, 4, 6, how)
     assert seen.tolist() == [[False, False, how == "area" or False, True, True, True]] * 4 or seen[:, 3:].all() and not seen[:, :2].any()
     assert torch.allclose(small[seen], torch.ones(2), atol=1e-5)
+
+
+@pytest.mark.parametrize("regions, unlabelled", [(6, False), (6, True), (300, False)])
+def test_blending_and_shrinking_at_once_is_one_after_the_other(regions, unlabelled):
+    features, weight, labels = random(40, 56, 3), random(40, 56).abs() + 0.5, voronoi(40, 56, regions)
+    labels[:20, :20], valid = 0, random(40, 56, seed=1) > -0.5
+    at_once, seen = blended_and_shrunk(features, weight, labels, 0.3, valid, 5, 7, unlabelled)
+    wanted, also_seen = shrink(blend(features * weight[..., None], labels, 0.3, valid, unlabelled), valid, 5, 7)
+    assert torch.equal(seen, also_seen) and torch.allclose(at_once[seen], wanted[seen], atol=1e-5)
 
 
 def test_regions_without_masks_are_those_of_the_features():

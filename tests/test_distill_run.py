@@ -86,7 +86,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(whole, tmp_path):
     assert checkpoint.load(tmp_path / "checkpoint").step == 4
     distill(dataclasses.replace(halves, resume=True))
     assert same_checkpoint(whole, tmp_path)
-    assert (tmp_path / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
+    a, b = (backbones.load(backbones.of_file(run / "backbone.safetensors")).state_dict() for run in (whole, tmp_path))
+    assert all(torch.equal(a[name], b[name]) for name in a)
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 9))
 
 

@@ -40,7 +40,9 @@ class Carrier:
         """The scene with features from one map for each context photo: of its own pixel, or the mean of the maps weighted by how much each pixel
         shows of it (uplift); then fitted to the maps in `steps` steps."""
         if self.pixels is not None:
-            scene = self.scene.replace(features=torch.cat([m.flatten(0, 1) for m in maps])[self.pixels])
+            rows = torch.cat([m.flatten(0, 1) for m in maps])
+            every = len(self.pixels) == len(rows) and bool((self.pixels[1:] > self.pixels[:-1]).all())       # then a copy of them all would say the same
+            scene = self.scene.replace(features=rows if every else rows[self.pixels])
         else:
             scene = self.scene.replace(features=uplift(self.scene, zip(cameras, maps), self.settings))
         return fit_features(scene, maps, cameras, self.settings, steps) if steps else scene

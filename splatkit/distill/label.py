@@ -11,7 +11,7 @@ from torch import Tensor
 from ..raster import render
 from .config import LabelConfig
 from .geometry import Carrier
-from .maps import blend, kmeans_regions, shrink, upsample
+from .maps import blend, blended_and_shrunk, kmeans_regions, shrink, upsample
 from .views import View
 
 
@@ -53,17 +53,20 @@ def labels_of(carrier: Carrier, tokens: Float[Tensor, "V h w C"], contexts: Sequ
     for i, target in enumerate(targets):
         drawn = render(scene, target.camera, outputs=("features",), settings=carrier.settings)
         features, alpha = drawn.features[0], drawn.alpha[0]
-        if config.coverage == "normalise":
-            features, valid = features / alpha.clamp(min=1e-6)[..., None], alpha > config.alpha_min
-        else:
-            valid = alpha > 0
+        normalised = config.coverage == "normalise"
+        weight = 1 / alpha.clamp(min=1e-6) if normalised else torch.ones_like(alpha)
+        valid = alpha > (config.alpha_min if normalised else 0)
         if target.kept is not None:
             valid = valid & target.kept
+        regions = torch.zeros_like(valid, dtype=torch.int64)
         if config.blend < 1 and config.regions != "none":
-            regions = target.labels if config.regions == "masks" and target.labels is not None else None
-            if regions is None and target_tokens is not None:
+            if config.regions == "masks" and target.labels is not None:
+                regions = target.labels
+            elif target_tokens is not None:
                 regions = regions_of(target, target_tokens[i], config)
-            if regions is not None:
-                features = blend(features, regions, config.blend, valid, config.blend_unlabelled)
-        out.append(Label(*shrink(features, valid, *tokens.shape[1:3], config.shrink)))
+        if config.shrink == "bilinear":
+            out.append(Label(*blended_and_shrunk(features, weight, regions, config.blend if regions.any() else 1.0, valid, *tokens.shape[1:3], config.blend_unlabelled)))
+        else:
+            features = blend(features * weight[..., None], regions, config.blend if regions.any() else 1.0, valid, config.blend_unlabelled)
+            out.append(Label(*shrink(features, valid, *tokens.shape[1:3], config.shrink)))
     return out

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Positions = Literal["half_pixel", "align_corners"]
+REGIONS_BY_MATRIX = 128      # up to so many regions a product with their membership is the faster way to their sums
 MAJORITY = 0.5      # share of a patch that a label must cover to name its token
 
 
@@ -117,6 +118,33 @@ def shrink(features: Float[Tensor, "H W C"], valid: Bool[Tensor, "H W"], h: int,
     seen = valid.to(features.dtype)
     share = resize(seen[None, None])[0, 0]
     small = resize((features * seen[..., None]).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+    return small / share.clamp(min=1e-6)[..., None], share >= 0.5
+
+
+def blended_and_shrunk(features: Float[Tensor, "H W C"], weight: Float[Tensor, "H W"], labels: Int[Tensor, "H W"], a: float, valid: Bool[Tensor, "H W"], h: int, w: int,
+                       unlabelled: bool = False) -> tuple[Float[Tensor, "h w C"], Bool[Tensor, "h w"]]:
+    """shrink(blend(features * weight, labels, a, valid, unlabelled), valid, h, w), looking once at all pixels, for the means, and again only at the four
+    that each token takes."""
+    height, width, channels = features.shape
+    flat, region, seen = features.reshape(-1, channels), labels.flatten().unique(return_inverse=True)[1], valid.flatten()
+    count = int(region.max()) + 1
+    counted = torch.where(seen, weight.flatten(), 0)
+    if count <= REGIONS_BY_MATRIX:
+        member = torch.zeros(count, len(region), dtype=features.dtype, device=features.device).scatter_(0, region[None], counted[None])
+        sums = member @ flat
+    else:
+        sums = features.new_zeros(count, channels).index_add_(0, region, flat * counted[:, None])
+    means = sums / features.new_zeros(count).index_add_(0, region, seen.to(features.dtype)).clamp(min=1)[:, None]
+    places = lambda tokens, pixels: ((torch.arange(tokens, device=features.device, dtype=features.dtype) + 0.5) * (pixels / tokens) - 0.5).clamp(0, pixels - 1)
+    y, x = places(h, height), places(w, width)
+    y0, x0 = y.floor().long(), x.floor().long()
+    pair = torch.arange(2, device=features.device)
+    index = ((y0[:, None] + pair).clamp(max=height - 1)[:, None, :, None] * width + (x0[:, None] + pair).clamp(max=width - 1)[None, :, None, :]).flatten(2)
+    wy, wx = torch.stack([1 - (y - y0), y - y0], 1), torch.stack([1 - (x - x0), x - x0], 1)
+    taps = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(2) * seen[index]
+    share = taps.sum(2)
+    own = torch.where((labels.flatten()[index] == 0) & (not unlabelled), 1.0, a)
+    small = torch.einsum("hwk,hwkc->hwc", taps * own * weight.flatten()[index], flat[index]) + torch.einsum("hwk,hwkc->hwc", taps * (1 - own), means[region[index]])
     return small / share.clamp(min=1e-6)[..., None], share >= 0.5
 
 

@@ -32,7 +32,8 @@ def load_scannet(folder: Path, report: Report = silent) -> Capture:
     Photos whose pose is not finite, which ScanNet writes where tracking was lost, are left out and counted. Raises BadFile for any other pose that is none.
     """
     K = _rows(folder / "intrinsic" / "intrinsic_color.txt")[:3, :3]
-    photos, lost, notes = [], 0, Counter()
+    notes: Counter[str] = Counter()
+    photos, lost = [], 0
     for path in sorted((p for p in (folder / "color").iterdir() if p.suffix.lower() in (".jpg", ".png") and p.stem.isdigit()), key=lambda p: int(p.stem)):
         if not (folder / "pose" / f"{path.stem}.txt").is_file():
             lost += 1
@@ -56,7 +57,8 @@ def load_scannet(folder: Path, report: Report = silent) -> Capture:
 def load_scannetpp(folder: Path, report: Report = silent) -> Capture:
     """The photos of a ScanNet++ scene that its nerfstudio file has posed, sorted by name, those marked as bad left out. Raises BadFile as load_transforms."""
     poses, root = next((folder / poses, folder / photos) for poses, photos in LAYOUTS if (folder / poses).is_file() and (folder / photos).is_dir())
-    top, photos, left_out, notes = _read(poses), [], 0, Counter()
+    notes: Counter[str] = Counter()
+    top, photos, left_out = _read(poses), [], 0
     for i, frame in enumerate(top["frames"]):
         name = _name(frame, "file_path", partial(BadFile, poses, f"frames[{i}]"))
         bad = partial(BadFile, poses, f"frames[{i}] ({name})")

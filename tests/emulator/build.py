@@ -15,7 +15,7 @@ FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-fno-stric
 # To compile the kernels, to compile the emulator, to link.
 MODES = {
     "plain": (["-O2"], ["-O2"], []),
-    "address": (["-O1", "-g1", "-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all"], ["-O1", "-g1", "-fsanitize=address"],
+    "address": (["-O0", "-g1", "-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all"], ["-O0", "-g1", "-fsanitize=address"],
                 ["-fsanitize=address,alignment,bounds"]),
     "races": (["-O1", "-g1", "-fsanitize=thread"], ["-O2", "-DSK_RACES"], ["-ldl"]),     # races.cpp stands in for libtsan
 }

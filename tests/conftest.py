@@ -46,6 +46,17 @@ def native_dtype(request):
     return dtype
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread of torch: for small tensors, of which more threads only wait for each other, on a busy machine for long."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def unchecked():
     """Without the checks of annotations, four fifths of the time of a step on a small scene: for runs of hundreds of steps, whose every call shorter runs check."""

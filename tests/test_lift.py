@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_colmap
 import torch
-from lifting import SMALL, one_thread  # noqa: F401
+from lifting import SMALL
 from PIL import Image
 
 from splatkit import io
@@ -20,6 +20,8 @@ from splatkit.lift.pairs import Group, check_pair, depth_range, grouped, nearest
 from splatkit.lift.posed import View, posed
 from splatkit.lift.weights import load_weights, save_weights
 from splatkit.scene import Scene
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WIDTH, HEIGHT, FOCAL, TARGET = 80, 48, 60.0, np.array([0.5, 0.0, 4.0])
 BOTH = [Group((0, 1), (0, 1))]

@@ -4,11 +4,12 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from lifting import one_thread  # noqa: F401
 
 from splatkit.lift.adapter import pixel_rays, sh_to_world
 from splatkit.lift.model import MVSplat
 from splatkit.scene import rotation_matrices, sh_basis
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 1e-3        # times the standard deviation of the stage; the published code differs from itself by up to 1.5e-4 with its threads
 CASES = ["v2", "v3"]

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from lifting import SMALL, one_thread  # noqa: F401
+from lifting import SMALL
 
 from splatkit.camera import Cameras
 from splatkit.errors import BadConfig
@@ -14,6 +14,8 @@ from splatkit.lift.config import CONFIGS, MVSplatConfig
 from splatkit.lift.model import MVSplat
 from splatkit.lift.sweep import _grid, _homographies, correlate, depth_planes
 from splatkit.raster import render
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from killing import tried
 from lift_training import SMALL, settings
-from lifting import one_thread, write_chunk
+from lifting import write_chunk
 from perceptual import packaged, random_state, write
 from test_shard import together
 
@@ -30,8 +30,9 @@ from splatkit.lift.train import Training, halve, learning_rate, lift_train, qual
 from splatkit.lift.train_config import LiftLosses, LiftTrain
 from splatkit.lift.weights import load_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 silent = lambda line: None
-__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,14 @@ import os
 import pytest
 import safetensors.torch
 import torch
-from lifting import SMALL, one_thread  # noqa: F401
+from lifting import SMALL
 
 from splatkit.errors import BadFile
 from splatkit.lift import weights
 from splatkit.lift.model import MVSplat
 from splatkit.lift.weights import load_weights, save_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 load = functools.partial(load_weights, config=SMALL)
 

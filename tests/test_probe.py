@@ -15,7 +15,19 @@ from splatkit import cli
 from splatkit.distill.config import BackboneConfig, DataConfig
 from splatkit.distill.photo_lists import ListScene, scannet_pairs
 from splatkit.distill.probe_config import Head, Probe, ProbeData
-from splatkit.distill.probes import (bootstrap, confusion, depth_errors, depth_from, depth_loss, match, mean_iou, normal_errors, normal_loss, segmentation_loss, train_head)
+from splatkit.distill.probes import (
+    bootstrap,
+    confusion,
+    depth_errors,
+    depth_from,
+    depth_loss,
+    match,
+    mean_iou,
+    normal_errors,
+    normal_loss,
+    segmentation_loss,
+    train_head,
+)
 from splatkit.distill.step import project, unproject
 from splatkit.distill.views import RoomScene, load_labels, scenes_of
 from splatkit.errors import BadConfig, BadFile
@@ -24,13 +36,7 @@ if importlib.util.find_spec("timm") is None:
     pytest.skip("timm is not installed", allow_module_level=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These pictures are too small for threads to gain anything, and threads that wait cost what others could use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = Head(steps=150, batch=4, lr=2e-2)
 

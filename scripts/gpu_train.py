@@ -193,7 +193,7 @@ def schedule(args) -> Reconstruct:
     """The preset for cards with what this benchmark changes."""
     config, steps = configs.load_yaml(configs.preset("reconstruct", "gpu"), Reconstruct(data=args.data)), args.steps
     scaled = lambda of_30000: max(1, round(of_30000 / 30_000 * steps))
-    return dataclasses.replace(config, steps=steps, densification=args.preset, max_gaussians=args.cap, sh_degree=3, sh_every=scaled(1000), max_side=32 if args.dry else 0,
+    return dataclasses.replace(config, steps=steps, densification=args.preset, max_gaussians=args.cap, sh_every=scaled(1000), max_side=32 if args.dry else 0,
                                device="cpu" if args.dry else "cuda", mcmc=dataclasses.replace(config.mcmc, start=scaled(500), every=args.every),
                                adc=dataclasses.replace(config.adc, start=scaled(500), every=args.every, reset_every=0))
 

@@ -190,8 +190,8 @@ class Reconstruct:
     """Run folder: config, metrics, checkpoint, scene.ply, eval/."""
     steps: int = 30_000
     """Optimiser steps."""
-    sh_degree: Literal[0, 1, 2, 3] | None = None
-    """Degree of the view-dependent colour; None is 3, and 1 where fewer than 20 photos train, which see each thing from too few sides for more."""
+    sh_degree: Literal[0, 1, 2, 3] = 3
+    """Degree of the view-dependent colour."""
     sh_every: int = 1000
     """Steps after which the next degree of the view-dependent colour joins in."""
     max_gaussians: int = 1_000_000

@@ -39,7 +39,6 @@ from .shard import Shard, joined, versions
 from .views import Views, raster_settings, views_of, working_device
 
 PHOTO_CACHE_BYTES = 2 << 30
-FEW_PHOTOS = 20     # below, no colour of degree above 1 unless asked for: held-out banana (12 photos train) 27.5 dB where degree 3 has 26.9
 SKIPS_MAX = 10      # steps without a finite gradient in a row, at which a run stops
 
 
@@ -92,8 +91,6 @@ def _reconstruct(config: Reconstruct, report: Callable[..., None], say: Report, 
         raise BadFile(config.data, "points3D", "--depth.source points needs sparse points with the photos that see them, as a COLMAP model has; leave it out, or take sensor")
     if config.depth.source == "sensor" and not any(views.capture.photos[i].depth for i in train):
         raise BadFile(config.data, "depth_file_path", "--depth.source sensor needs depth pictures, and no photo has one; leave it out, or take points")
-    if config.sh_degree is None:
-        config = dataclasses.replace(config, sh_degree=1 if len(train) < FEW_PHOTOS else 3)
     shard.check(views.device, config.backend)
     run = config.output
     run.mkdir(parents=True, exist_ok=True)

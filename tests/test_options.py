@@ -34,11 +34,6 @@ def test_a_warm_start_takes_the_degree_and_the_size_of_the_run(photos, tmp_path,
     assert (scene.logit_opacities > faintest + 0.2).sum() <= 50      # one step moves a logit by 0.05
 
 
-@pytest.mark.parametrize("asked, got", [(None, 1), (2, 2)])
-def test_few_photos_teach_a_colour_of_degree_1_unless_another_is_asked_for(photos, tmp_path, cpu_library, asked, got):
-    assert run(photos, tmp_path, 1, sh_degree=asked)[1].sh_degree == got
-
-
 def test_a_warm_start_from_nothing_is_refused(photos, tmp_path, cpu_library):
     _, scene = run(photos, tmp_path / "a", 1)
     io.save(tmp_path / "empty.ply", scene.rows(slice(0, 0)), io.load(tmp_path / "a" / "scene.ply")[1])

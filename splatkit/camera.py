@@ -100,6 +100,13 @@ def camera_centres(world_to_cam: Float[Tensor, "C 4 4"]) -> Float[Tensor, "C 3"]
     return -(rotation.transpose(1, 2) @ t[..., None]).squeeze(-1)
 
 
+def unproject(camera: Cameras, at: Float[Tensor, "*P 2"], z: Float[Tensor, "*P"]) -> Float[Tensor, "*P 3"]:
+    """World points at depths z on the rays through places in the picture of one camera, in pixels."""
+    K, pose = camera.K[0], camera.world_to_cam[0]
+    local = torch.cat([(at - K[:2, 2]) / torch.stack([K[0, 0], K[1, 1]]) * z[..., None], z[..., None]], dim=-1)
+    return (local - pose[:3, 3]) @ pose[:3, :3]
+
+
 def look_at(eye: Float[Tensor, " 3"], target: Float[Tensor, " 3"], up: Float[Tensor, " 3"]) -> Float[Tensor, "4 4"]:
     """world_to_cam of a camera at `eye` that looks at `target` with `up` pointing up in the image (image y points down)."""
     forward = torch.nn.functional.normalize(target - eye, dim=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from splatkit.camera import Cameras
+from splatkit.camera import Cameras, unproject
 from splatkit.distill import lora
 from splatkit.distill.config import Adapter, BackboneConfig, DataConfig, Distill, EMAConfig, HeadConfig, LabelConfig
 from splatkit.distill.geometry import Carrier, at_depth, from_depth, mirrored
@@ -16,7 +16,7 @@ from splatkit.distill.head import Head, _sinkhorn, cross_entropy, mean_over_vali
 from splatkit.distill.label import labels_of, pixel_maps
 from splatkit.distill.maps import blend, blended_and_shrunk, kmeans_regions, region_means, shrink, token_labels, upsample
 from splatkit.distill.samples import Sample, Samples, draw
-from splatkit.distill.step import Center, Tally, common_points, loss_of, make_labels, project, unproject
+from splatkit.distill.step import Center, Tally, common_points, loss_of, make_labels, project
 from splatkit.distill.student import Teacher, student_of, trained
 from splatkit.distill.views import RoomScene, View
 from splatkit.raster import render
@@ -403,7 +403,7 @@ def test_common_points_of_two_views_are_the_same_points():
     at_a, at_b = common_points(a, b, 9, 12)
     assert 20 < len(at_a) < 108
     z = a.depth[at_a[:, 1].long(), at_a[:, 0].long()]
-    seen = unproject(at_a, z, a)
+    seen = unproject(a.camera, at_a, z)
     assert torch.allclose(project(seen, b)[0], at_b, atol=1e-3)
     same = a.labels[at_a[:, 1].long(), at_a[:, 0].long()] == b.labels[at_b[:, 1].long(), at_b[:, 0].long()]
     assert same.float().mean() > 0.9

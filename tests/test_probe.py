@@ -12,6 +12,7 @@ from distill_runs import TINY, settings
 from PIL import Image
 
 from splatkit import cli
+from splatkit.camera import unproject
 from splatkit.distill.config import BackboneConfig, DataConfig
 from splatkit.distill.photo_lists import ListScene, scannet_pairs
 from splatkit.distill.probe_config import Head, Probe, ProbeData
@@ -28,7 +29,7 @@ from splatkit.distill.probes import (
     segmentation_loss,
     train_head,
 )
-from splatkit.distill.step import project, unproject
+from splatkit.distill.step import project
 from splatkit.distill.views import RoomScene, load_labels, scenes_of
 from splatkit.errors import BadConfig, BadFile
 
@@ -98,10 +99,10 @@ def test_features_that_name_the_place_match_everywhere_and_random_ones_nowhere()
     a, b = scene.view(0), scene.view(2)
     y, x = torch.meshgrid(torch.arange(72) + 0.5, torch.arange(96) + 0.5, indexing="ij")
     at = torch.stack([x, y], -1).view(-1, 2)
-    place = lambda v: torch.cat([f(k * unproject(at, v.depth.flatten(), v)) for k in (1, 2, 4) for f in (torch.sin, torch.cos)], 1).view(72, 96, -1)
+    place = lambda v: torch.cat([f(k * unproject(v.camera, at, v.depth.flatten())) for k in (1, 2, 4) for f in (torch.sin, torch.cos)], 1).view(72, 96, -1)
     matches = match(place(a), place(b), a, b, scale=0.5, most=300, seen_only=True)
     assert len(matches.error) == 300 and matches.recall(2.0) > 0.95
-    there = project(unproject(matches.at_a, a.depth[matches.at_a[:, 1].long(), matches.at_a[:, 0].long()], a), b)[0]
+    there = project(unproject(a.camera, matches.at_a, a.depth[matches.at_a[:, 1].long(), matches.at_a[:, 0].long()]), b)[0]
     assert torch.allclose((there - matches.at_b).norm(dim=1) * 0.5, matches.error, atol=1e-3)
     g = torch.Generator().manual_seed(0)
     random = lambda: torch.randn(9, 12, 8, generator=g)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..camera import Cameras
+from ..camera import Cameras, unproject
+from ..density import SH_CONSTANT
 from ..errors import BadConfig, BadFile
 from ..io.atomic import replacing
 from ..raster import RasterSettings, render, uplift
@@ -24,7 +25,6 @@ from .samples import Sample
 from .views import View
 
 OPACITY = 0.99          # of a Gaussian at a known depth; the rasterizer's alpha_max
-SH_DC = 0.28209479177387814
 SCENES_KEPT = 4         # of `scene`, in memory
 
 
@@ -88,16 +88,14 @@ def at_depth(view: View, sigma_px: float = 0.5) -> tuple[Scene, Int[Tensor, " N"
     pixels = known.flatten().nonzero().squeeze(1)
     z = depth.flatten()[pixels]
     x, y = pixels % camera.width + 0.5, torch.div(pixels, camera.width, rounding_mode="floor") + 0.5
-    K, pose = camera.K[0], camera.world_to_cam[0]
-    local = torch.stack([(x - K[0, 2]) / K[0, 0] * z, (y - K[1, 2]) / K[1, 1] * z, z], dim=1)
     share = F.avg_pool2d(known[None, None].to(depth), 5, 1, 2, count_include_pad=False)[0, 0].flatten()[pixels]
-    scale = sigma_px * z / (K[0, 0] * K[1, 1]).sqrt() / share.clamp(min=1 / 25).sqrt()
+    scale = sigma_px * z / (camera.K[0, 0, 0] * camera.K[0, 1, 1]).sqrt() / share.clamp(min=1 / 25).sqrt()
     colors = view.photo.flatten(1)[:, pixels].T
     n = len(pixels)
-    quats = local.new_zeros(n, 4)
+    quats = z.new_zeros(n, 4)
     quats[:, 0] = 1
-    scene = Scene((local - pose[:3, 3]) @ pose[:3, :3], quats, scale.log()[:, None].expand(n, 3).contiguous(), local.new_full((n,), math.log(OPACITY / (1 - OPACITY))),
-                  ((colors - 0.5) / SH_DC)[:, None])
+    scene = Scene(unproject(camera, torch.stack([x, y], dim=1), z), quats, scale.log()[:, None].expand(n, 3).contiguous(), z.new_full((n,), math.log(OPACITY / (1 - OPACITY))),
+                  ((colors - 0.5) / SH_CONSTANT)[:, None])
     return scene, pixels
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .probe_config import Head
-from .step import DEPTH_AGREES, project, sample_at, unproject
+from .step import patch_centres, sample_at, seen_by
 from .views import View
 
 CLIP = 35.0             # largest norm of the gradient of a head
@@ -144,13 +144,8 @@ def match(fa: Float[Tensor, "h w C"], fb: Float[Tensor, "h w C"], a: View, b: Vi
     with the best ratio of nearest to second-nearest distance. With `seen_only` just pixels whose point is in `b`, and not hidden there."""
     at_a, z = _places(a, scale)
     at_b, _ = _places(b, scale)
-    there, depth = project(unproject(at_a, z, a), b)
+    there, seen = seen_by(at_a, z, a, b)
     if seen_only:
-        height, width = b.depth.shape
-        row, column = there[:, 1].floor().long(), there[:, 0].floor().long()
-        inside = (depth > 0) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        surface = b.depth[row.clamp(0, height - 1), column.clamp(0, width - 1)]
-        seen = inside & ((surface - depth).abs() < DEPTH_AGREES * depth)
         at_a, there = at_a[seen], there[seen]
     if len(at_a) == 0 or len(at_b) < 2:
         return Matches(at_a[:0], at_a[:0], z[:0])
@@ -165,9 +160,7 @@ def match(fa: Float[Tensor, "h w C"], fb: Float[Tensor, "h w C"], a: View, b: Vi
 def _places(view: View, scale: float) -> tuple[Float[Tensor, "P 2"], Float[Tensor, " P"]]:
     """Centres of the pixels of a photo at a scale, in its own pixels, and the depth there, where it is known and the photo's mask keeps it."""
     height, width = view.depth.shape
-    h, w = round(height * scale), round(width * scale)
-    y, x = torch.meshgrid((torch.arange(h, device=view.depth.device) + 0.5) * (height / h), (torch.arange(w, device=view.depth.device) + 0.5) * (width / w), indexing="ij")
-    at = torch.stack([x.flatten(), y.flatten()], dim=1)
+    at = patch_centres(view, round(height * scale), round(width * scale))
     row, column = at[:, 1].long(), at[:, 0].long()
     z = view.depth[row, column]
     known = z > 0 if view.kept is None else (z > 0) & view.kept[row, column]

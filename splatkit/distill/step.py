@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..camera import unproject
 from .config import Distill
 from .geometry import Geometry
 from .head import Head, cross_entropy, mean_over_valid, prototype_entropy, token_losses
@@ -147,23 +148,28 @@ def correspondence_loss(samples: list[Sample], student: Callable, precision, tal
 
 def common_points(a: View, b: View, h: int, w: int) -> tuple[Float[Tensor, "P 2"], Float[Tensor, "P 2"]]:
     """Centres of the h x w patches of `a` whose point `b` sees too, in pixels of each."""
-    height, width = a.depth.shape
-    y, x = torch.meshgrid((torch.arange(h, device=a.depth.device) + 0.5) * (height / h), (torch.arange(w, device=a.depth.device) + 0.5) * (width / w), indexing="ij")
-    at = torch.stack([x.flatten(), y.flatten()], dim=1)
+    at = patch_centres(a, h, w)
     z = a.depth[at[:, 1].long(), at[:, 0].long()]
-    place, depth = project(unproject(at, z, a), b)
-    row, column = place[:, 1].floor().long(), place[:, 0].floor().long()
-    inside = (z > 0) & (depth > 0) & (row >= 0) & (row < b.depth.shape[0]) & (column >= 0) & (column < b.depth.shape[1])
-    seen = b.depth[row.clamp(0, b.depth.shape[0] - 1), column.clamp(0, b.depth.shape[1] - 1)]
-    both = inside & ((seen - depth).abs() < DEPTH_AGREES * depth)
+    place, seen = seen_by(at, z, a, b)
+    both = (z > 0) & seen
     return at[both], place[both]
 
 
-def unproject(at: Float[Tensor, "P 2"], z: Float[Tensor, " P"], view: View) -> Float[Tensor, "P 3"]:
-    """World points at pixel places and camera depths."""
-    K, pose = view.camera.K[0], view.camera.world_to_cam[0]
-    local = torch.cat([(at - K[:2, 2]) / torch.stack([K[0, 0], K[1, 1]]) * z[:, None], z[:, None]], dim=1)
-    return (local - pose[:3, 3]) @ pose[:3, :3]
+def patch_centres(view: View, h: int, w: int) -> Float[Tensor, "P 2"]:
+    """Centres of h x w patches of a photo, in its pixels."""
+    height, width = view.depth.shape
+    y, x = torch.meshgrid((torch.arange(h, device=view.depth.device) + 0.5) * (height / h), (torch.arange(w, device=view.depth.device) + 0.5) * (width / w), indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], dim=1)
+
+
+def seen_by(at: Float[Tensor, "P 2"], z: Float[Tensor, " P"], a: View, b: View) -> tuple[Float[Tensor, "P 2"], Bool[Tensor, " P"]]:
+    """Where the points of `a` at pixel places and camera depths lie in `b`, and which of them `b` sees, by its own depth."""
+    height, width = b.depth.shape
+    place, depth = project(unproject(a.camera, at, z), b)
+    row, column = place[:, 1].floor().long(), place[:, 0].floor().long()
+    inside = (depth > 0) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    surface = b.depth[row.clamp(0, height - 1), column.clamp(0, width - 1)]
+    return place, inside & ((surface - depth).abs() < DEPTH_AGREES * depth)
 
 
 def project(points: Float[Tensor, "P 3"], view: View) -> tuple[Float[Tensor, "P 2"], Float[Tensor, " P"]]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..camera import Cameras
+from ..camera import Cameras, unproject
 
 FLOOR, CEILING, WALLS, SOLIDS = 0, 1, (2, 3, 4, 5), 6      # instance ids: walls at -x, +x, -y, +y; solid i is SOLIDS + i
 RAYS_AT_ONCE = 1 << 16                                     # about what the caches hold
@@ -265,9 +265,7 @@ class Room:
 def unprojected(camera: Cameras, depth: Float[Tensor, "H W"]) -> Float[Tensor, "H W 3"]:
     """World points at the given depths on the rays through the pixels' centres of one camera."""
     y, x = torch.meshgrid(*(torch.arange(n).to(depth) + 0.5 for n in depth.shape), indexing="ij")
-    K, pose = camera.K[0], camera.world_to_cam[0]
-    local = torch.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)], dim=-1) * depth[..., None]
-    return (local - pose[:3, 3]) @ pose[:3, :3]
+    return unproject(camera, torch.stack([x, y], dim=-1), depth)
 
 
 def _column(v: Vector, like: Tensor) -> Float[Tensor, "3 1"]:

@@ -5,7 +5,6 @@ A verb imports what it needs when it runs: torch costs seconds, and `splatkit --
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import shutil
 import sys
@@ -21,6 +20,7 @@ from .errors import BadFile, EndedElsewhere, SplatkitError
 from .lift.command import lift
 from .progress import Progress
 from .training import lift_train_verb, write_rooms
+from .verbs import layered, note, speaks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,20 +57,12 @@ def _help() -> str:
 
 def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
     """Fit a scene to photos or a film."""
-    # The verb's defaults are those of --preset and --config in argv, so that flags only say what differs from them.
-    unnamed = Path()
-    default = config.Reconstruct(data=unnamed)
-    layers = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    layers.add_argument("--preset", nargs="?")
-    layers.add_argument("--config", nargs="?")
-    layers.add_argument("--device", nargs="?")
-    layers.add_argument("--backend", nargs="?")
-    chosen = layers.parse_known_args(argv)[0]
-    if not chosen.preset and not chosen.config:
+    def by_device(chosen: argparse.Namespace) -> str:
         on_cpu = chosen.device == "cpu" or chosen.backend in ("cpu", "reference")
-        chosen.preset = "gpu" if not on_cpu and (chosen.device == "cuda" or _looks_like_a_card()) else "cpu"
-    for path in filter(None, [chosen.preset and config.preset("reconstruct", chosen.preset), chosen.config]):
-        default = config.load_yaml(path, default)
+        return "gpu" if not on_cpu and (chosen.device == "cuda" or _looks_like_a_card()) else "cpu"
+
+    unnamed = Path()
+    default = layered("reconstruct", argv, config.Reconstruct(data=unnamed), by_device, ("device", "backend"))
     if default.data == unnamed:     # no layer says where the photos are, so the command line must; typed as Path, hence not MISSING at once
         object.__setattr__(default, "data", tyro.MISSING)
 
@@ -104,7 +96,7 @@ def reconstruct_verb(argv: list[str]) -> Callable[..., int]:
             progress.close()
             if watching:
                 watching.close(done)
-        if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":      # of the processes that torchrun started, one speaks
+        if speaks():
             print(result.short() if result else "no photo was held out; the scene is written")
             print(f"scene: {settings.output / 'scene.ply'}")
         return 0
@@ -217,7 +209,6 @@ def view(
     from .serve import Viewer
     from .view import Following
 
-    note = lambda line: print(line, file=sys.stderr, flush=True)
     followed = Following(scenes, note)
     viewer = Viewer(followed.shown, port, host, note).start()
     followed.start(viewer)
@@ -247,7 +238,7 @@ def export(
     """
     from .view import export_html
 
-    export_html(scene, html, lambda line: print(line, file=sys.stderr))
+    export_html(scene, html, note)
     print(f"page: {html} ({html.stat().st_size / 1e6:.1f} MB)")
     return 0
 

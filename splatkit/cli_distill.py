@@ -1,40 +1,24 @@
 """Verbs of the command line that are about features: distill, features, probe. Parses and prints, as cli.py, which lists them, does."""
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from . import config as configs
 from .distill.config import BackboneConfig, DataConfig, Distill
 from .distill.probe_config import Probe
 from .progress import Progress
-
-_note = lambda line: print(line, file=sys.stderr, flush=True)
-
-
-def _layered(verb: str, argv: list[str], base):
-    """`base` with --preset and --config of argv laid over it, so that flags only say what differs from them."""
-    layers = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    layers.add_argument("--preset", nargs="?")
-    layers.add_argument("--config", nargs="?")
-    chosen = layers.parse_known_args(argv)[0]
-    for path in filter(None, [chosen.preset and configs.preset(verb, chosen.preset), chosen.config]):
-        base = configs.load_yaml(path, base)
-    return base
+from .verbs import layered, note, speaks
 
 
 def distill_verb(argv: list[str]) -> Callable[..., int]:
     """Teach a vision backbone 3D through Gaussians."""
     # Which data there is may be said by flags alone, and the settings refuse to have none: what has no data yet has no value.
     none_yet = Distill(data=DataConfig(rooms=1))
-    default = _layered("distill", argv, none_yet)
+    default = layered("distill", argv, none_yet)
     if default.data.folder is not None and default.data.rooms == 1:
         default = dataclasses.replace(default, data=dataclasses.replace(default.data, rooms=0))
     elif any(flag.startswith("--data.folder") for flag in argv):
@@ -68,7 +52,7 @@ def distill_verb(argv: list[str]) -> Callable[..., int]:
             progress.close()
             if watching:
                 watching.close()
-        if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
+        if speaks():
             print("  ".join(f"{name} {last[name]:.4g}" for name in ("excess", "loss", "valid", "drift", "skipped") if name in last))
             print(f"backbone: {settings.output / WEIGHTS}")
         return 0
@@ -78,7 +62,7 @@ def distill_verb(argv: list[str]) -> Callable[..., int]:
 
 def probe_verb(argv: list[str]) -> Callable[..., int]:
     """Measure what a vision backbone knows of 3D: depth, normals, segments, correspondence."""
-    default = _layered("probe", argv, Probe())
+    default = layered("probe", argv, Probe())
 
     def probe(
         settings: Annotated[Probe, tyro.conf.arg(name="")] = default,
@@ -93,7 +77,7 @@ def probe_verb(argv: list[str]) -> Callable[..., int]:
         """
         from .distill.probe import probe, table
 
-        print(table(probe(settings, _note)))
+        print(table(probe(settings, note)))
         print(f"numbers and pictures: {settings.output}")
         return 0
 

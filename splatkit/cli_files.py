@@ -1,14 +1,19 @@
 """Verbs of the command line that are about scene files: info, convert, compress, mesh. Parses and prints, as cli.py, which lists them, does."""
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from .verbs import note
+
 _Scene = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SCENE")]]
-_note = lambda line: print(line, file=sys.stderr)
+
+
+def _options(spz_version: int | None, ksplat_level: int | None) -> dict[str, int]:
+    """Those of io.save that are given."""
+    return {name: value for name, value in (("version", spz_version), ("level", ksplat_level)) if value is not None}
 
 
 def info(scene: _Scene) -> int:
@@ -19,7 +24,7 @@ def info(scene: _Scene) -> int:
     """
     from .convert import describe
 
-    print(describe(scene, _note))
+    print(describe(scene, note))
     return 0
 
 
@@ -55,8 +60,7 @@ def convert(
     from .convert import convert as run
 
     changes = Changes(sh_degree, max_gaussians, crop, filter, scale, rotate, shift)
-    options = {name: value for name, value in (("version", spz_version), ("level", ksplat_level)) if value is not None}
-    count = run(scene, output, changes, _note, **options)
+    count = run(scene, output, changes, note, **_options(spz_version, ksplat_level))
     size = sum(p.stat().st_size for p in output.parent.glob("*.webp")) if output.name == "meta.json" else output.stat().st_size
     print(f"scene: {output} ({count:,} Gaussians, {size / 1e6:.2f} MB)")
     return 0
@@ -84,8 +88,7 @@ def compress(
     """
     from .compress import compress as run
 
-    options = {name: value for name, value in (("version", spz_version), ("level", ksplat_level)) if value is not None}
-    print(run(scene, output, loss, max_gaussians, sh_degree, _note, **options))
+    print(run(scene, output, loss, max_gaussians, sh_degree, note, **_options(spz_version, ksplat_level)))
     return 0
 
 
@@ -119,7 +122,7 @@ def mesh(
     output = output or (scene / "mesh.ply" if scene.is_dir() else scene.with_suffix(".mesh.ply"))
     if output.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{output}: unknown mesh format {output.suffix!r}; known: {', '.join(SUFFIXES)}")
-    gaussians, header, config, cameras = scene_and_cameras(scene, _note)
+    gaussians, header, config, cameras = scene_and_cameras(scene, note)
     background = torch.tensor(config.background) if config else None
     surface = fuse(gaussians, cameras, Fusing(voxel, far, truncation, views, islands), RasterSettings(**header.settings), background)
     write_surface(output, surface)

@@ -1,17 +1,15 @@
 """The verbs that make data for networks and train them: rooms, lift-train."""
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from . import config as configs
 from .lift.train_config import LiftTrain
 from .progress import Progress
+from .verbs import layered, speaks
 
 
 def write_rooms(
@@ -48,13 +46,7 @@ def write_rooms(
 
 def lift_train_verb(argv: list[str]) -> Callable[..., int]:
     """Train the network of `splatkit lift`."""
-    # The verb's defaults are those of --preset and --config in argv, so that flags only say what differs from them.
-    layers = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    layers.add_argument("--preset", nargs="?")
-    layers.add_argument("--config", nargs="?")
-    chosen, default = layers.parse_known_args(argv)[0], LiftTrain()
-    for path in filter(None, [chosen.preset and configs.preset("lift", chosen.preset), chosen.config]):
-        default = configs.load_yaml(path, default)
+    default = layered("lift", argv, LiftTrain())
 
     def lift_train(
         settings: Annotated[LiftTrain, tyro.conf.arg(name="")] = default,
@@ -74,7 +66,7 @@ def lift_train_verb(argv: list[str]) -> Callable[..., int]:
             weights = lift_train(settings, progress, progress.note)
         finally:
             progress.close()
-        if os.environ.get("RANK", "0") == "0":      # of the processes that torchrun started, one speaks
+        if speaks():
             print(f"weights: {weights}")
         return 0
 

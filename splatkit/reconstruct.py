@@ -127,7 +127,7 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
         if not saved:
             shutil.rmtree(run / "checkpoint", ignore_errors=True)
         configs.save(config, run / "config.yaml")
-        _keep_lines(run / "metrics.jsonl", fit.step)
+        keep_lines(run / "metrics.jsonl", fit.step)
 
     def save() -> None:
         scene = fit.whole_scene()
@@ -175,10 +175,7 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
 
 
 def _check_same_run(saved: checkpoint.Checkpoint, made_with: dict) -> None:
-    was, now, default = (yaml.safe_load(text) for text in (saved.values["config"], made_with["config"], configs.to_yaml(Reconstruct(data=Path()))))
-    was = _laid_over(default, was)      # an option that was not there yet is at its default
-    if other := [name for name in now if was[name] != now[name]]:
-        raise BadConfig(f"{saved.path} was made with other values of {', '.join(other)}; give the same, or start anew without --resume")
+    check_same_settings(saved, made_with["config"], configs.to_yaml(Reconstruct(data=Path())))
     if saved.values.get("device", "cpu") != made_with["device"]:       # random states of one do not go on on the other
         raise BadConfig(f"{saved.path} was made on {saved.values.get('device', 'cpu')}, this run is on {made_with['device']}; give --device {saved.values.get('device', 'cpu')}, "
                         "or start anew with --init scene.ply")
@@ -186,11 +183,19 @@ def _check_same_run(saved: checkpoint.Checkpoint, made_with: dict) -> None:
         raise BadFile(saved.path, "photos", f"it was made with {len(saved.values['photos'])} other photos; start anew without --resume")
 
 
+def check_same_settings(saved: checkpoint.Checkpoint, config: str, default: str | None = None) -> None:
+    """Raises BadConfig naming the settings that differ between the `config` of a checkpoint, as YAML, and this one. An option that was not there yet is as in `default`."""
+    was, now = yaml.safe_load(saved.values["config"]), yaml.safe_load(config)
+    was = _laid_over(yaml.safe_load(default), was) if default else was
+    if other := [name for name in now if was.get(name) != now[name]]:
+        raise BadConfig(f"{saved.path} was made with other values of {', '.join(other)}; give the same, or start anew without --resume")
+
+
 def _laid_over(default: dict, values: dict) -> dict:
     return {key: _laid_over(x, values[key]) if isinstance(x, dict) and isinstance(values.get(key), dict) else values.get(key, x) for key, x in default.items()}
 
 
-def _keep_lines(path: Path, step: int) -> None:
+def keep_lines(path: Path, step: int) -> None:
     """Leaves the lines of metrics up to `step`; damaged ones go."""
     kept = []
     for line in path.read_text().splitlines() if path.is_file() and step else []:

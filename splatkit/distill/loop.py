@@ -14,21 +14,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from .. import config as configs
 from ..errors import BackendUnavailable, BadConfig, BadFile, Diverged
 from ..io import checkpoint
 from ..io.reading import Report, silent
-from ..reconstruct import SKIPS_MAX, _keep_lines
+from ..reconstruct import SKIPS_MAX, check_same_settings, keep_lines
 from ..shard import Shard, exchange, joined, versions
 from . import backbone as backbones
 from .config import Distill
 from .geometry import geometry_of
 from .samples import Sample, Samples
 from .step import Center, Tally, correspondence_loss, loss_of, make_labels
-from .student import Student, Teacher, fill, fill_optimiser, fingerprint, optimiser_state, student_of, trained
+from .student import Teacher, fill, fill_optimiser, fingerprint, optimiser_state, student_of, trained
 from .views import PosedScene, scenes_of
 
 WEIGHTS = "backbone.safetensors"
@@ -75,9 +74,7 @@ class Run:
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Raises BadConfig where the checkpoint is of a run with other settings or weights."""
-        was, now = yaml.safe_load(saved.values["config"]), yaml.safe_load(_lasting(self.config))
-        if other := [name for name in now if was.get(name) != now[name]]:
-            raise BadConfig(f"{saved.path} was made with other values of {', '.join(other)}; give the same, or start anew without --resume")
+        check_same_settings(saved, _lasting(self.config))
         if saved.values["weights"] != self.fingerprint:
             raise BadConfig(f"{saved.path} was made from other weights of {self.config.backbone.name}; give the same, or start anew without --resume")
         fill(dict(self.names), saved.tensors, "student.")
@@ -129,7 +126,7 @@ def _distill(config: Distill, report, say, watcher: Watcher, shard: Shard, scene
         if not saved:
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         configs.save(config, folder / "config.yaml")
-        _keep_lines(folder / "metrics.jsonl", run.step)
+        keep_lines(folder / "metrics.jsonl", run.step)
     watcher.begun(run, drift_sample)
     tally, record, skipped_in_a_row = Tally(), {}, 0
     batches = samples.batches(run.step + 1, config.steps, config.batch, config.micro_batch, shard.rank, shard.world)

@@ -16,7 +16,7 @@ from .geometry import Geometry
 from .head import Head, cross_entropy, mean_over_valid, prototype_entropy, token_losses
 from .label import Label, labels_of
 from .samples import Sample
-from .student import Student, Teacher
+from .student import Teacher
 from .views import View
 
 MATCH_TEMPERATURE = 0.07        # of correspondence: what contrastive losses on unit vectors have (He et al. 2020)

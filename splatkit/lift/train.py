@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -24,7 +23,7 @@ from .. import lpips
 from ..errors import BadConfig, BadFile, Diverged, SplatkitError
 from ..io import checkpoint
 from ..io.reading import Report, silent
-from ..reconstruct import _keep_lines
+from ..reconstruct import check_same_settings, keep_lines
 from ..shard import Shard, exchange, joined, versions
 from .data import Sample, Source, collated, held_out, training
 from .losses import losses, targets_drawn, total
@@ -112,7 +111,7 @@ def _train(config: LiftTrain, shard: Shard, report: Callable[..., None], say: Re
         if not saved:
             shutil.rmtree(run / "checkpoint", ignore_errors=True)
         configs.save(config, run / "config.yaml")
-        _keep_lines(run / "metrics.jsonl", state.step)
+        keep_lines(run / "metrics.jsonl", state.step)
     if config.amp == "bf16" or config.amp == "auto" and device == "cuda":
         halve(state.model)
     model = DistributedDataParallel(state.model) if shard.world > 1 else state.model
@@ -228,9 +227,7 @@ def _averaged(sums: dict[str, Tensor], shard: Shard) -> dict[str, Tensor]:
 
 
 def _check_same_run(saved: checkpoint.Checkpoint, made_with: dict) -> None:
-    was, now = yaml.safe_load(saved.values["config"]), yaml.safe_load(made_with["config"])
-    if other := [name for name in now if was.get(name) != now[name]]:
-        raise BadConfig(f"{saved.path} was made with other values of {', '.join(other)}; give the same, or start anew without --resume")
+    check_same_settings(saved, made_with["config"])
     for name in ("data", "device", "begin", "batch"):
         if saved.values[name] != made_with[name]:
             raise BadConfig(f"{saved.path} was made with {name} {saved.values[name]}, this run has {made_with[name]}; give the same, or start anew without --resume")

@@ -12,6 +12,7 @@ from splatkit.errors import BadConfig
 from splatkit.lift.backbone import attend_in_blocks, attend_misaligned, cuts
 from splatkit.lift.config import CONFIGS, MVSplatConfig
 from splatkit.lift.model import MVSplat
+from splatkit.lift import sweep
 from splatkit.lift.sweep import _grid, _homographies, correlate, depth_planes
 from splatkit.raster import render
 
@@ -146,7 +147,9 @@ def test_views_of_different_principal_points_give_depth_as_good_as_equal_ones():
     assert sweep_error(different, official=True) > 5
 
 
-def test_gradients_of_the_sweep_are_those_of_the_warp_written_out():
+@pytest.mark.parametrize("at_once", [1, 2 * 2 * 4 * 6 * 8, 1 << 20], ids=["one plane at a time", "two", "all"])
+def test_the_sweep_and_its_gradients_are_those_of_the_warp_written_out(at_once, monkeypatch):
+    monkeypatch.setitem(sweep.AT_ONCE, "cpu", at_once)
     g = torch.Generator().manual_seed(0)
     features = torch.randn(2, 3, 4, 6, 8, generator=g, dtype=torch.float64, requires_grad=True)
     _, K, world_to_cam, near, far = views(3, batch=2, dtype=torch.float64)
@@ -158,7 +161,7 @@ def test_gradients_of_the_sweep_are_those_of_the_warp_written_out():
             pairs = []
             for j in (j for j in range(3) if j != i):
                 ray, shift = _homographies(K[:, i], K[:, j], world_to_cam[:, j] @ torch.linalg.inv(world_to_cam[:, i]), 6, 8)
-                warped = [F.grid_sample(features[:, j], _grid(ray, shift, planes[:, i, d], 6, 8), align_corners=True) for d in range(5)]
+                warped = [F.grid_sample(features[:, j], _grid(ray, shift, planes[:, i, d:d + 1], 6, 8), align_corners=True) for d in range(5)]
                 pairs.append(torch.stack([(w * features[:, i]).sum(1) / 2 for w in warped], dim=1))
             total.append(sum(pairs) / 2)
         return torch.stack(total, dim=1)

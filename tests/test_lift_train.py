@@ -141,6 +141,22 @@ def test_samples_are_the_same_whoever_asks_and_differ_by_number_and_seed():
     assert not torch.equal(a(3).images, a(4).images) and not torch.equal(a(3).images, training(dataclasses.replace(given, seed=1), silent)(3).images)
 
 
+def test_rooms_that_are_used_again_come_in_another_order_and_from_the_cache_bit_by_bit(tmp_path, monkeypatch):
+    given = settings(tmp_path / "run", rooms=3, cache=tmp_path / "cache", augment=False)
+    first = [training(given, silent)(number) for number in range(3)]
+    files = sorted((tmp_path / "cache").iterdir())
+    assert len(files) == 3
+    monkeypatch.setattr(rooms, "sample", lambda *a, **k: pytest.fail("cast again"))
+    again = [training(given, silent)(number) for number in range(3)]
+    assert all(torch.equal(x, y) for a, b in zip(first, again) for x, y in zip(vars(a).values(), vars(b).values()))
+    later = [training(given, silent)(number) for number in range(3, 12)]
+    order = [next(i for i, a in enumerate(first) if torch.equal(a.images, b.images)) for b in later]
+    assert all(sorted(order[i:i + 3]) == [0, 1, 2] for i in (0, 3, 6)) and order != 3 * [0, 1, 2]
+    monkeypatch.undo()
+    files[0].write_bytes(files[0].read_bytes()[:-500])      # of a machine that went down
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, [training(given, silent)(number) for number in range(3)]))
+
+
 def test_a_written_room_gives_samples_with_its_depths_at_another_size(tmp_path):
     rooms.write_rooms(tmp_path, 2, photos=5, width=96, height=64, seed=3)
     source = training(settings(tmp_path / "run", data=(tmp_path,), gap=(2, 3), width=32, height=32, augment=False), silent)

@@ -6,7 +6,8 @@
 
 A stage starts from splatkit/lift/tiny.safetensors at the step that benchmarks/lift_tiny.json names (from nothing where there is none), and writes both anew:
 commit them, and the next stage may run on another machine. Moments of the optimiser start afresh; its step size rises over the first hundred steps of a stage.
-Two processes of one thread each, a sample each a step; --processes 1 with --batch 2 makes the same steps in one.
+Two processes of one thread each, a sample each a step; --processes 1 with --batch 2 makes the same steps in one. Other flags go to `splatkit lift-train`:
+on a card, --processes 1 --batch 32 --workers 14 --rooms 40000 --cache FOLDER.
 """
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--batch", type=int, default=1, help="samples a step of each process")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "lift-tiny")
-    args = parser.parse_args()
+    args, args.more = parser.parse_known_args()
     record = json.loads(FILE.read_text()) if FILE.is_file() else {}
     done = record.get("step", 0) if args.part == "stage" else 0
     if done >= args.steps:
@@ -52,10 +53,10 @@ def main() -> None:
     held = [{k: round(x, 5) for k, x in line.items()} for line in lines if "held_psnr" in line]
     record = json.loads(FILE.read_text()) if FILE.is_file() else {}
     if args.part == "pilot":
-        record["pilot"] = {"steps": total, "seconds": round(time.monotonic() - start), "samples_a_step": args.processes * args.batch, "curve": held}
+        record["pilot"] = {"steps": total, "seconds": round(time.monotonic() - start), "samples_a_step": args.processes * args.batch, "flags": args.more, "curve": held}
     else:
         shutil.copy(run / "weights.safetensors", WEIGHTS)
-        stage = {"from": done, "to": last, "seconds": round(time.monotonic() - start), "samples_a_step": args.processes * args.batch, "curve": held}
+        stage = {"from": done, "to": last, "seconds": round(time.monotonic() - start), "samples_a_step": args.processes * args.batch, "flags": args.more, "curve": held}
         record |= {"step": last, "steps": total, "stages": [*record.get("stages", []), stage]}
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(json.dumps(record, indent=1) + "\n")
@@ -73,7 +74,7 @@ def timed(args) -> float:
 
 def train(args, run: Path, flags: list[str]) -> None:
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)] if args.processes > 1 else []
-    command = [sys.executable, *start, "-m", "splatkit.cli", "lift-train", "--preset", "tiny", "-o", str(run), "--batch", str(args.batch), *flags]
+    command = [sys.executable, *start, "-m", "splatkit.cli", "lift-train", "--preset", "tiny", "-o", str(run), "--batch", str(args.batch), *args.more, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1" if args.processes > 1 else os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
     subprocess.run(command, env=environment, cwd=ROOT, check=True)

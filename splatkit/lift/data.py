@@ -1,6 +1,8 @@
 """What the lifting network trains on: rooms without end, posed captures, chunks of RealEstate10K. Sample n is the same whoever asks for it, and when."""
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -10,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .. import rooms
 from ..camera import Cameras
 from ..capture import Capture, Photo
 from ..errors import BadFile
+from ..io.atomic import replacing
 from ..io.depth import load_depth
 from ..io.photos import area_average, find_model_folder, load_image
 from ..io.re10k import Sequence, read_chunk
@@ -66,20 +71,42 @@ def training(config: LiftTrain, say: Report) -> Source:
 def held_out(config: LiftTrain, say: Report) -> Source | None:
     """Samples that no training sees: other rooms, or the folder test/ of the first place with chunks; None where there is neither."""
     if not config.data:
-        return functools.partial(room_sample, config, HELD_ROOM, augment=False)
+        return functools.partial(room_sample, dataclasses.replace(config, rooms=0), HELD_ROOM, augment=False)
     return next((_chunks(chunks, config) for path in config.data if (chunks := sorted((path / "test").glob("*.torch")))), None)
 
 
 def room_sample(config: LiftTrain, first: int, number: int, augment: bool | None = None) -> Sample:
     """A room's cameras that are close to each other."""
-    seen = rooms.sample(first + number, config.contexts + config.targets, config.width, config.height)
-    images, depth = seen.photos.permute(0, 3, 1, 2), seen.views.depth
+    seed = first + (int(_order(config, number // config.rooms)[number % config.rooms]) if config.rooms else number)
+    images, depth, cameras = _room(config, seed)
     near, far = float(depth.min()) / 1.05, float(depth.max()) * 1.05
     if config.augment if augment is None else augment:
         rng = np.random.default_rng([first, number])
         near, far = near / rng.uniform(1, 1.4), far * rng.uniform(1, 1.6)
         images = (images ** rng.uniform(0.7, 1.4) * torch.from_numpy(rng.uniform(0.7, 1.05, (3, 1, 1))).float()).clamp(max=1)
-    return _normalised(images, seen.cameras.K, seen.cameras.world_to_cam, depth, near, far)
+    return _normalised(images, cameras.K, cameras.world_to_cam, depth, near, far)
+
+
+@functools.lru_cache(2)
+def _order(config: LiftTrain, round_: int) -> np.ndarray:
+    return np.random.default_rng([config.seed, 5, round_]).permutation(config.rooms)
+
+
+def _room(config: LiftTrain, seed: int) -> tuple[Float[Tensor, "N 3 H W"], Float[Tensor, "N H W"], Cameras]:
+    """Photos, depths and cameras of a room, from the cache where it has them."""
+    count, width, height = config.contexts + config.targets, config.width, config.height
+    path = config.cache and config.cache / f"room-{seed}-{count}x{width}x{height}.safetensors"
+    if path:
+        with contextlib.suppress(OSError, SafetensorError):      # not there, or not whole
+            kept = load_file(path)
+            return kept["images"].float() / 255, kept["depth"], Cameras(kept["world_to_cam"], kept["K"], width, height)
+    seen = rooms.sample(seed, count, width, height)
+    images, depth, cameras = seen.photos.permute(0, 3, 1, 2), seen.views.depth, seen.cameras
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(save({"images": (images * 255).round().byte().contiguous(), "depth": depth, "K": cameras.K, "world_to_cam": cameras.world_to_cam}))
+    return images, depth, cameras
 
 
 def mirrored(sample: Sample) -> Sample:

@@ -1,6 +1,7 @@
 """The plane sweep: how well each pixel's features match those of the other views, for every candidate depth.
 
-Planes are taken one at a time, forward and backward: of the warped features, 128 times the features in size, one plane exists.
+A CPU takes planes one at a time, forward and backward: of the warped features, 128 times the features in size, one plane exists. A card takes as many as
+keep it busy.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Z_MIN = 1e-3
+AT_ONCE = {"cpu": 1, "cuda": 1 << 25}       # warped numbers that exist at a time, or one plane of them
 
 
 def depth_planes(near: Float[Tensor, "B V"], far: Float[Tensor, "B V"], count: int) -> Float[Tensor, "B V D"]:
@@ -47,24 +49,31 @@ class _Sweep(torch.autograd.Function):
         ray, shift = _homographies(K_here, K_there, relative, h, w)
         out = here.new_empty(b, planes.shape[1], h, w)
         scaled = here / c ** 0.5
-        for d in range(planes.shape[1]):
-            warped = F.grid_sample(there, _grid(ray, shift, planes[:, d], h, w), mode="bilinear", padding_mode="zeros", align_corners=True)
-            torch.sum(warped.mul_(scaled), dim=1, out=out[:, d])
+        for part in _parts(here, planes):
+            warped = F.grid_sample(there, _grid(ray, shift, planes[:, part], h, w), mode="bilinear", padding_mode="zeros", align_corners=True)
+            torch.sum(warped.view(b, c, -1, h, w).mul_(scaled[:, :, None]), dim=1, out=out[:, part])
         ctx.save_for_backward(here, there, ray, shift, planes)
         return out
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         here, there, ray, shift, planes = ctx.saved_tensors
-        c, h, w = here.shape[1:]
+        b, c, h, w = here.shape
         to_here, to_there = torch.zeros_like(here), torch.zeros_like(there)
-        for d in range(planes.shape[1]):
-            grid = _grid(ray, shift, planes[:, d], h, w)
-            scaled = gradient[:, d, None] / c ** 0.5
-            to_here += F.grid_sample(there, grid, mode="bilinear", padding_mode="zeros", align_corners=True).mul_(scaled)
+        for part in _parts(here, planes):
+            grid = _grid(ray, shift, planes[:, part], h, w)
+            scaled = gradient[:, None, part] / c ** 0.5
+            to_here += F.grid_sample(there, grid, mode="bilinear", padding_mode="zeros", align_corners=True).view(b, c, -1, h, w).mul_(scaled).sum(2)
             # Bilinear, zeros outside; the gradient of the picture, not that of the grid.
-            to_there += torch.ops.aten.grid_sampler_2d_backward(here * scaled, there, grid, 0, 0, True, [True, False])[0]
+            to_there += torch.ops.aten.grid_sampler_2d_backward((here[:, :, None] * scaled).flatten(2, 3), there, grid, 0, 0, True, [True, False])[0]
         return to_here, to_there, None, None, None, None
+
+
+def _parts(features: Tensor, planes: Tensor) -> list[slice]:
+    """Which planes are taken together."""
+    count = planes.shape[1]
+    step = max(1, AT_ONCE[features.device.type] // features.numel())
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 def _homographies(K_here: Tensor, K_there: Tensor, relative: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
@@ -74,8 +83,8 @@ def _homographies(K_here: Tensor, K_there: Tensor, relative: Tensor, h: int, w: 
     return K_there @ (relative[:, :3, :3] @ (torch.linalg.inv(K_here) @ pixels)), K_there @ relative[:, :3, 3:]
 
 
-def _grid(ray: Tensor, shift: Tensor, inverse_depth: Tensor, h: int, w: int) -> Tensor:
-    """Where the pixels of one plane lie there, [B, h, w, 2], -1 and 1 in the centres of the outermost pixels."""
-    x, y, z = (ray / inverse_depth[:, None, None] + shift).unbind(1)
+def _grid(ray: Tensor, shift: Tensor, inverse_depths: Float[Tensor, "B D"], h: int, w: int) -> Tensor:
+    """Where the pixels of D planes lie there, below each other, [B, D h, w, 2]; -1 and 1 in the centres of the outermost pixels."""
+    x, y, z = (ray[:, :, None] / inverse_depths[:, None, :, None] + shift[..., None]).unbind(1)
     z = z.clamp(min=Z_MIN)
-    return torch.stack([2 * x / z / (w - 1) - 1, 2 * y / z / (h - 1) - 1], dim=-1).view(-1, h, w, 2)
+    return torch.stack([2 * x / z / (w - 1) - 1, 2 * y / z / (h - 1) - 1], dim=-1).view(len(z), -1, w, 2)

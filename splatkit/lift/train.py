@@ -31,7 +31,7 @@ from .model import Lifted, MVSplat
 from .train_config import LiftTrain
 from .weights import load_weights, save_weights
 
-NOT_COMPARED = {"output": Path(), "resume": False, "workers": 0, "end": 0, "data": (), "weights": None}      # a resumed run may have others
+NOT_COMPARED = {"output": Path(), "resume": False, "workers": 0, "end": 0, "data": (), "cache": None, "weights": None}      # a resumed run may have others
 LOG_EVERY = 20
 
 
@@ -211,10 +211,14 @@ def _batches(source: Source, config: LiftTrain, done: int, shard: Shard) -> Iter
     if config.workers == 0:
         yield from (collated([source(number) for number in some]) for some in numbers)
         return
-    for some in DataLoader(_Numbered(source), batch_sampler=numbers, num_workers=config.workers, collate_fn=list, generator=torch.Generator().manual_seed(0)):
-        if wrong := [x for x in some if isinstance(x, Exception)]:
-            raise wrong[0]
-        yield collated(some)
+    for batch in DataLoader(_Numbered(source), batch_sampler=numbers, num_workers=config.workers, collate_fn=_collated, generator=torch.Generator().manual_seed(0)):
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def _collated(some: list[Sample | Exception]) -> Sample | Exception:
+    return next((x for x in some if isinstance(x, Exception)), None) or collated(some)
 
 
 def _averaged(sums: dict[str, Tensor], shard: Shard) -> dict[str, Tensor]:

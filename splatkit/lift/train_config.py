@@ -70,6 +70,10 @@ class LiftTrain:
     """Nearest depth that is looked for; 0: by the depths or sparse points of the input views (captures), 1 (chunks). Rooms know theirs."""
     far: float = 0.0
     """Farthest; 0: likewise, 100 for chunks."""
+    rooms: int = 0
+    """How many different rooms there are, each used again and again; 0: no end of them."""
+    cache: Path | None = None
+    """Folder that keeps what was seen of each room, so that it is cast once only; runs may share it."""
     augment: bool = True
     """Mirror half of the samples, and change brightness and contrast of rooms."""
     lr: float = 2e-4
@@ -100,7 +104,7 @@ class LiftTrain:
 
     def __post_init__(self):
         _require(self, "1 or more", **{name: getattr(self, name) >= 1 for name in ("steps", "batch", "accumulate", "hold_every", "save_every")})
-        _require(self, "0 or more", **{name: getattr(self, name) >= 0 for name in ("begin", "end", "targets", "warmup", "workers", "hold", "weight_decay", "near", "far")})
+        _require(self, "0 or more", **{name: getattr(self, name) >= 0 for name in ("begin", "end", "targets", "rooms", "warmup", "workers", "hold", "weight_decay", "near", "far")})
         _require(self, "a multiple of 16, 32 or more", width=self.width % 16 == 0 and self.width >= 32, height=self.height % 16 == 0 and self.height >= 32)
         _require(self, "2 or more", contexts=self.contexts >= 2)
         _require(self, "least and most, at least the number of views less 1", gap=self.contexts + self.targets - 1 <= self.gap[0] <= self.gap[1])

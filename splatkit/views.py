@@ -18,7 +18,7 @@ from .io.depth import load_depth
 from .io.photos import load_image, load_mask
 from .io.reading import Report, silent
 from .io.source import load_source
-from .raster import RasterSettings, backends
+from .raster import RasterSettings, backends, device_for
 from .scene import Scene
 
 
@@ -87,9 +87,7 @@ def working_device(config: Reconstruct) -> str:
         if known["gsplat"] is not None or config.device == "cpu":
             raise BackendUnavailable(f"gsplat: {known['gsplat'] or 'it draws on a card, and --device is cpu'}")
         return "cuda"
-    device = ("cuda" if known["cuda"] is None and config.backend in ("auto", "cuda") else "cpu") if config.device == "auto" else config.device
-    if device == "cuda" and known["cuda"] is not None:
-        raise BackendUnavailable(f"cuda: {known['cuda']}; --device cpu works without")
+    device = device_for("cpu" if config.device == "auto" and config.backend not in ("auto", "cuda") else config.device)
     if device == "cpu" and config.backend == "auto" and known["cpu"] is not None:
         raise BackendUnavailable(f"the native CPU library is missing ({known['cpu']}). `splatkit doctor` says what to do; "
                                  "--backend reference draws with plain torch, about a thousand times slower")

@@ -13,12 +13,12 @@ from .. import config as configs
 from .. import io
 from ..camera import Cameras
 from ..capture import SceneHeader
-from ..errors import BackendUnavailable, BadConfig
+from ..errors import BadConfig
 from ..evaluation import score
 from ..io.formats import of_name
 from ..io.reading import Report
 from ..paths import estimate_up
-from ..raster import RasterSettings, render
+from ..raster import RasterSettings, device_for, render
 from ..scene import Scene
 from .cost import cost
 from .lifting import lift, padded_size, size_at, thinned
@@ -71,7 +71,7 @@ def lift_photos(request: Request, say: Report) -> Iterator[str]:
 
     Raises BadConfig, BadFile and ValueError in one line for what cannot be lifted, BackendUnavailable for a device that is not there.
     """
-    device = _device(request.device)
+    device = device_for(request.device)
     given = posed(request.photos, request.cameras, say)
     if len(given.views) < 2:
         raise ValueError(f"{request.cameras} has {len(given.views)} photo to lift; expected two or more")
@@ -103,12 +103,6 @@ def lift_photos(request: Request, say: Report) -> Iterator[str]:
         yield from _refine(request, given, say)
 
 
-def _device(wanted: str) -> str:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailable("cuda: torch sees no CUDA device; --device cpu works without")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
-
 @torch.no_grad()
 def _check(scene: Scene, settings: RasterSettings, given: Posed, side: int, depth: float) -> Iterator[str]:
     """PSNR and SSIM of photos that were not lifted and see most of the same, else of those that were."""
@@ -134,7 +128,7 @@ def _refine(request: Request, given: Posed, say: Report) -> Iterator[str]:
     if given.held:
         say(f"{', '.join(given.held)}: held out for the evaluation that follows, but lifted: what it says of them is no test")
     run = request.output.with_name(f"{request.output.stem}-refined")
-    preset = configs.preset("reconstruct", "gpu" if request.device != "cpu" and torch.cuda.is_available() else "cpu")
+    preset = configs.preset("reconstruct", "gpu" if device_for(request.device) == "cuda" else "cpu")
     settings = configs.load_yaml(preset, configs.Reconstruct(data=given.folder, output=run))
     settings = dataclasses.replace(settings, init=request.output, steps=request.refine, max_gaussians=request.max_gaussians)
     result = reconstruct(settings, lambda step, gaussians, **numbers: say(f"step {step}/{request.refine}, {gaussians:,} Gaussians, PSNR {numbers['psnr']:.2f}"), say)

@@ -23,6 +23,7 @@ from .. import lpips
 from ..errors import BadConfig, BadFile, Diverged, SplatkitError
 from ..io import checkpoint
 from ..io.reading import Report, silent
+from ..raster import device_for
 from ..reconstruct import check_same_settings, keep_lines
 from ..shard import Shard, exchange, joined, versions
 from .data import Sample, Source, collated, held_out, training
@@ -42,7 +43,7 @@ def lift_train(config: LiftTrain, report: Callable[..., None] = lambda *a, **k: 
     Step s works on samples that only the settings and s determine. Under torchrun every process works on its own samples and gradients are
     averaged (DistributedDataParallel): two processes of a batch of 1 do what one of a batch of 2 does, but for rounding.
 
-    Raises BadFile for what is wrong with the data or where another process works in the run folder, BadConfig where a checkpoint to resume
+    Raises BackendUnavailable as device_for, BadFile for what is wrong with the data or where another process works in the run folder, BadConfig where a checkpoint to resume
     was made with other settings, Diverged where the loss is not finite; ProcessLost and EndedElsewhere as `shard.joined` says.
     """
     with joined() as shard:
@@ -90,9 +91,7 @@ class Training:
 
 
 def _train(config: LiftTrain, shard: Shard, report: Callable[..., None], say: Report) -> Path:
-    device = "cuda" if config.device == "cuda" or config.device == "auto" and torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadConfig("device is cuda, and torch sees none; give --device cpu")
+    device = device_for(config.device)
     run, start = config.output, time.monotonic()
     state = Training.first(config, device)
     config = dataclasses.replace(config, network=state.model.config)

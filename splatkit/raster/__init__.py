@@ -16,7 +16,7 @@ from .operators import Recorded, record, render_native, splat_gradients, uplift_
 from .reference import render_reference
 from .types import OUTPUTS, RasterSettings, RasterStats, RenderOutput
 
-__all__ = ["OUTPUTS", "RasterSettings", "RasterStats", "Recorded", "RenderOutput", "backends", "record", "render", "splat_gradients", "uplift"]
+__all__ = ["OUTPUTS", "RasterSettings", "RasterStats", "Recorded", "RenderOutput", "backends", "device_for", "record", "render", "splat_gradients", "uplift"]
 
 
 @native.constant_when_traced
@@ -49,6 +49,14 @@ BACKENDS: dict[str, tuple[Callable, Callable[[], str | None]]] = {
 def backends() -> dict[str, str | None]:
     """Every backend by name, with None where it runs here, else the reason why not."""
     return {name: reason() for name, (_, reason) in BACKENDS.items()}
+
+
+def device_for(asked: str) -> str:
+    """cuda or cpu: `asked`, or by "auto" a card where the CUDA library runs on one. Raises BackendUnavailable where cuda is asked for and does not run."""
+    why = backends()["cuda"] if asked != "cpu" else ""
+    if asked == "cuda" and why:
+        raise BackendUnavailable(f"cuda: {why}; --device cpu works without")
+    return "cpu" if asked == "cpu" or why else "cuda"
 
 
 def render(scene: Scene, cameras: Cameras, *, outputs: tuple[str, ...] = ("color",), background: Float[Tensor, "C 3"] | Float[Tensor, " 3"] | None = None,

@@ -133,7 +133,7 @@ class RoomScene:
         return _room_view(self, i)
 
     def depth_range(self, i: int) -> tuple[float, float]:
-        depth = self.view(i).depth
+        depth = _packed_room_view(self, i)["depth"]
         return 0.8 * float(depth.min()), 1.2 * float(depth.max())
 
 

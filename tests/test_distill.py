@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from splatkit import rooms
 from splatkit.camera import Cameras, unproject
-from splatkit.distill import lora
+from splatkit.distill import lora, views
 from splatkit.distill.config import Adapter, BackboneConfig, DataConfig, Distill, EMAConfig, HeadConfig, LabelConfig
 from splatkit.distill.geometry import Carrier, at_depth, from_depth, mirrored
 from splatkit.distill.head import Head, _sinkhorn, cross_entropy, mean_over_valid
@@ -215,6 +216,23 @@ def test_depth_with_holes_is_covered_by_wider_gaussians():
     holes = View(view.photo, view.camera, view.labels, depth)
     scene, _ = at_depth(holes)
     assert render(scene, view.camera).alpha[0, 4:-4, 4:-4].min() > 0.5
+
+
+def test_another_room_stands_in_for_one_without_place_for_its_cameras(monkeypatch):
+    real, asked = rooms.ring_cameras, []
+    monkeypatch.setattr(rooms, "ring_cameras", lambda room, photos, width, height, seed: asked.append(seed) or (real(room, photos, width, height, seed) if len(asked) > 1 else room.no_place()))
+    monkeypatch.setattr(rooms.Room, "no_place", lambda room: (_ for _ in ()).throw(ValueError("no place")), raising=False)
+    assert RoomScene(40, 4, 32, 24).view(0).photo.shape == (3, 24, 32) and asked[0] == 40 != asked[1]
+
+
+def test_a_room_in_the_cache_is_not_made_again(tmp_path, monkeypatch):
+    seen = RoomScene(41, 4, 32, 24).view(2)
+    RoomScene(41, 4, 32, 24, tmp_path).view(2)
+    views._packed_room_view.cache_clear()
+    monkeypatch.setattr(views, "_room", None)
+    again = RoomScene(41, 4, 32, 24, tmp_path).view(2)
+    assert all(torch.equal(getattr(seen, name), getattr(again, name)) for name in ("photo", "labels", "depth", "normals", "classes"))
+    assert torch.equal(seen.camera.K, again.camera.K) and torch.equal(seen.camera.world_to_cam, again.camera.world_to_cam)
 
 
 def test_a_mirrored_sample_has_the_mirrored_label():

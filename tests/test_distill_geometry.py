@@ -69,6 +69,16 @@ def test_a_mirrored_pair_has_the_mirrored_gaussians_of_the_pair_itself(weights, 
     assert lifting.hits == 1 and (there.flip(1) - here).abs().mean() < 0.02
 
 
+def test_a_world_of_another_scale_and_origin_has_the_same_gaussians_there(weights):
+    one = sample(0, False)
+    scale, shift = 7.0, torch.tensor([3.0, -2.0, 1.0])
+    moved = lambda camera: camera.replace(world_to_cam=torch.cat([torch.cat([camera.world_to_cam[:, :3, :3], scale * camera.world_to_cam[:, :3, 3:]
+                                                                  - camera.world_to_cam[:, :3, :3] @ shift[:, None]], dim=2), camera.world_to_cam[:, 3:]], dim=1))
+    other = dataclasses.replace(one, contexts=tuple(dataclasses.replace(v, camera=moved(v.camera)) for v in one.contexts), depth_range=tuple(scale * x for x in one.depth_range))
+    here, there = (geometry_of(GeometryConfig("lift", weights))(s).scene for s in (one, other))
+    assert torch.allclose(there.means, scale * here.means + shift, atol=1e-3 * scale) and torch.allclose(there.scales, scale * here.scales, rtol=1e-3)
+
+
 def test_wrong_geometry_of_the_network_stands_before_the_camera_as_it_stood_before_the_other_one(weights):
     one = sample(0, False)
     right, wrong = (geometry_of(GeometryConfig("lift", weights, permuted=p))(s) for p, s in ((False, one.elsewhere), (True, one)))

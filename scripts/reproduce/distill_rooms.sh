@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE
-for stage in pretrain ceiling train probe tables; do
+for stage in rooms pretrain ceiling train probe tables; do
     code=3
     while [ "$code" = 3 ]; do
         code=0

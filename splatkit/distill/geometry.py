@@ -17,6 +17,7 @@ from ..camera import Cameras, unproject
 from ..density import SH_CONSTANT
 from ..errors import BadConfig, BadFile
 from ..io.atomic import replacing
+from ..lift.model import with_near_1
 from ..raster import RasterSettings, render, uplift
 from ..scene import Scene
 from ..views import scene_of
@@ -141,7 +142,7 @@ class Lifting:
     def key(self, sample: Sample) -> str:
         """Names everything that the Gaussians depend on: weights, pixels and cameras as the data has them (not as they are mirrored), and the range of depth."""
         views = [v.mirrored() for v in sample.contexts] if sample.is_mirrored else sample.contexts
-        said = hashlib.sha256(f"{self.weights} {sample.scene} {sample.names} {sample.depth_range}".encode())
+        said = hashlib.sha256(f"{self.weights} near 1 {sample.scene} {sample.names} {sample.depth_range}".encode())
         for view in views:
             for x in (view.photo, view.camera.K, view.camera.world_to_cam):
                 said.update(x.float().cpu().contiguous().numpy().tobytes())
@@ -155,8 +156,12 @@ class Lifting:
         self.hits, self.misses = self.hits + (scene is not None), self.misses + (scene is None)
         if scene is None:
             stacked = lambda xs: torch.stack(list(xs))[None].to(self.device)
-            near, far = (torch.full((1, len(views)), x, device=self.device) for x in sample.depth_range or (1.0, 100.0))
-            scene = self.model(stacked(v.photo for v in views), stacked(v.camera.K[0] for v in views), stacked(v.camera.world_to_cam[0] for v in views), near, far).scenes[0].detach()
+            near, far = sample.depth_range or (1.0, 100.0)
+            poses = torch.stack([v.camera.world_to_cam[0] for v in views]).double().cpu()
+            origin = torch.linalg.inv(poses)[:, :3, 3].mean(0)
+            depths = (torch.full((1, len(views)), x, device=self.device) for x in (1.0, far / near))
+            scene = self.model(stacked(v.photo for v in views), stacked(v.camera.K[0] for v in views), with_near_1(poses, near, origin)[None].to(self.device), *depths).scenes[0]
+            scene = scene.transformed(near, torch.eye(3), origin)
             if path:
                 _keep(path, scene)
         scene = scene.to(sample.contexts[0].photo.device)

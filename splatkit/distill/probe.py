@@ -195,10 +195,17 @@ def _measure(name: str, extract: Extract, train: Sequence[PosedScene], test: Seq
     for scene in test:
         chosen = _chosen(scene, config.data)
         numbers: dict[str, list[dict[str, float]]] = {task: [] for task in rows}
-        scene_counts = None
+        scene_counts, seen = None, {}
+
+        def look(i: int) -> tuple[View, Tensor]:
+            """A photo of this scene and its features, which several pairs ask for."""
+            if i not in seen:
+                view = scene.view(i)
+                seen[i] = view, extract(scene, i, view)
+            return seen[i]
+
         for i in chosen:
-            view = scene.view(i)
-            tokens = extract(scene, i, view)
+            view, tokens = look(i)
             if len(shown["photos"]) < SHOWN:
                 shown["photos"].append(view.photo)
                 shown["features"].append(tokens.cpu())
@@ -221,7 +228,7 @@ def _measure(name: str, extract: Extract, train: Sequence[PosedScene], test: Seq
                         scene_counts = one if scene_counts is None else scene_counts + one
         if "correspondence" in rows and config.data.pairs is None:
             for i, j in _pairs(scene, config.data):
-                numbers["correspondence"].append(_matched(extract, (scene, i, scene.view(i)), (scene, j, scene.view(j)), config, shown))
+                numbers["correspondence"].append(_matched(*look(i), *look(j), config, shown))
         for task in rows:
             if task == "segmentation" and scene_counts is not None:
                 counts = scene_counts if counts is None else counts + scene_counts
@@ -230,7 +237,7 @@ def _measure(name: str, extract: Extract, train: Sequence[PosedScene], test: Seq
                 rows[task][scene.name] = merged
     if "correspondence" in rows and config.data.pairs is not None:
         for k, (scene, a, b) in enumerate(scannet_pairs(config.data.pairs, config.data.width, config.data.height)):
-            rows["correspondence"][f"{scene}-{k}"] = _matched(extract, (None, 0, a), (None, 1, b), config, shown)
+            rows["correspondence"][f"{scene}-{k}"] = _matched(a, extract(None, 0, a), b, extract(None, 1, b), config, shown)
     means = {task: _mean(list(by_scene.values())) for task, by_scene in rows.items()}
     if counts is not None:
         means["segmentation"]["mean_iou"] = mean_iou(counts)
@@ -256,13 +263,10 @@ def _pairs(scene: PosedScene, data: ProbeData) -> list[tuple[int, int]]:
     return [(i, i + gap) for i in starts if i + gap < len(scene)] or ([(0, gap)] if gap else [])
 
 
-def _matched(extract: Extract, one: tuple, other: tuple, config: Probe, shown: dict) -> dict[str, float]:
-    a, b = one[2], other[2]
+def _matched(a: View, fa: Tensor, b: View, fb: Tensor, config: Probe, shown: dict) -> dict[str, float]:
     if a.depth is None or b.depth is None:
         return {}
-    fa, fb = extract(*one), extract(*other)
-    device = fa.device
-    matches = match(fa, fb, a.to(device), b.to(device), config.match_scale, config.matches, config.seen_only)
+    matches = match(fa, fb, a.to(fa.device), b.to(fa.device), config.match_scale, config.matches, config.seen_only)
     if len(matches.error) == 0:
         return {}
     if shown["pair"] is None:

@@ -69,19 +69,19 @@ class Center:
 @torch.no_grad()
 def make_labels(samples: list[Sample], teacher: Teacher, geometry: Geometry | None, config: Distill, precision: contextlib.AbstractContextManager) -> list[Label]:
     """Of every target photo of the samples, in order. Without geometry (method self) the teacher's own features of the target photo."""
-    out: list[Label] = []
-    for sample in samples:
-        photos = lambda views: torch.stack([v.photo for v in views])
-        with precision:
-            own = None
-            if config.method == "self" or config.label.blend < 1 and (config.label.regions == "kmeans" or any(v.labels is None for v in sample.targets)):
-                own = teacher.model.backbone(photos(sample.targets)).float()
-            context = None if config.method == "self" else teacher.model.backbone(photos(sample.contexts)).float()
-        if config.method == "self":
-            out += [Label(tokens, _kept(view, tokens)) for tokens, view in zip(own, sample.targets)]
-        else:
-            out += labels_of(geometry(sample), context, sample.contexts, sample.targets, own, config.label, config.geometry.optimise)
-    return out
+    targets = [view for sample in samples for view in sample.targets]
+    grids = lambda views: teacher.model.backbone(torch.stack([v.photo for v in views])).float()
+    with precision:         # once for all samples, each of which has as many photos
+        own = context = None
+        if config.method == "self" or config.label.blend < 1 and (config.label.regions == "kmeans" or any(v.labels is None for v in targets)):
+            own = grids(targets)
+        if config.method != "self":
+            context = grids([view for sample in samples for view in sample.contexts]).unflatten(0, (len(samples), -1))
+    if config.method == "self":
+        return [Label(tokens, _kept(view, tokens)) for tokens, view in zip(own, targets)]
+    each = [None] * len(samples) if own is None else own.unflatten(0, (len(samples), -1))
+    return [label for sample, tokens, target in zip(samples, context, each)
+            for label in labels_of(geometry(sample), tokens, sample.contexts, sample.targets, target, config.label, config.geometry.optimise)]
 
 
 def _kept(view: View, tokens: Float[Tensor, "h w C"]):

@@ -58,8 +58,8 @@ class Teacher:
     @torch.no_grad()
     def follow(self, student: Student) -> None:
         mine = dict(self.model.named_parameters())
-        for name, theirs in self._followed(student).items():
-            mine[name].lerp_(theirs.to(mine[name]), 1 - self.config.rate)
+        followed = self._followed(student)
+        torch._foreach_lerp_([mine[name] for name in followed], [x.to(mine[name]) for name, x in followed.items()], 1 - self.config.rate)
 
     def _followed(self, student: Student) -> dict[str, Tensor]:
         """What of the student is averaged, by the teacher's names."""

@@ -1,6 +1,7 @@
 """Scenes of posed photos with what is known of them (depth, instances, normals), from folders or procedural rooms, and single views of them."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import zipfile
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from .scannet import is_scannet, is_scannetpp, load_scannet, load_scannetpp
 
 MASK_FOLDERS = ("instances", "instance_segmentation", "instance-filt", "instance")      # beside the photos' folder, in this order
 SHAPE_SLACK = 0.01              # by which the shape of a picture of labels may differ from its photo's: ScanNet's colour and depth do
+OTHER_SEEDS, OTHER_ROOMS = 10_000_000, 8        # how far from each other, and how many, are the rooms that stand in for one
 FURNITURE = {"sphere": 4, "ellipsoid": 4, "box": 5, "cylinder": 6}                      # classes of rooms beside floor 1, ceiling 2, wall 3 and 7, what lies flat on them
 
 
@@ -131,31 +133,36 @@ class RoomScene:
         return _room_view(self, i)
 
     def depth_range(self, i: int) -> tuple[float, float]:
-        depth = self.view(i).depth
+        depth = _packed_room_view(self, i)["depth"]
         return 0.8 * float(depth.min()), 1.2 * float(depth.max())
 
 
 @functools.lru_cache(256)
 def _room(scene: RoomScene) -> tuple[rooms.Room, Cameras]:
-    room = rooms.endless_room(scene.seed)
-    return room, rooms.ring_cameras(room, scene.photos, scene.width, scene.height, scene.seed)
+    """The room of a scene and its cameras. About one room in fifty has no place for cameras: the next that has some, of a seed far away, stands in."""
+    for seed in range(scene.seed, scene.seed + OTHER_ROOMS * OTHER_SEEDS, OTHER_SEEDS):
+        room = rooms.endless_room(seed)
+        with contextlib.suppress(ValueError):
+            return room, rooms.ring_cameras(room, scene.photos, scene.width, scene.height, seed)
+    raise ValueError(f"no place for {scene.photos} cameras in rooms of seed {scene.seed} and others; ask for fewer photos")
 
 
 @functools.lru_cache(4096)
 def _packed_room_view(scene: RoomScene, i: int) -> dict[str, np.ndarray]:
-    """A view in 11 bytes a pixel."""
+    """A view in 11 bytes a pixel, its camera, and the kind of thing that each instance is: all that is needed without making the room."""
     path = scene.cache and scene.cache / f"room-{scene.seed}-{scene.photos}x{scene.width}x{scene.height}-{i}.npz"
     if path:
         try:
             with np.load(path) as kept:
-                return dict(kept)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):      # not there, or not whole
+                return {name: kept[name] for name in ("color", "depth", "normals", "instance", "K", "world_to_cam", "kinds")}
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):      # not there, or not whole
             pass
     room, cameras = _room(scene)
     seen = room.cast(cameras[i])
     normals = seen.normals[0] @ cameras.world_to_cam[i, :3, :3].T
     packed = {"color": (seen.color[0] * 255).round().byte().numpy(), "depth": seen.depth[0].numpy(), "normals": (normals * 127).round().to(torch.int8).numpy(),
-              "instance": seen.instance[0].to(torch.uint8).numpy()}
+              "instance": seen.instance[0].to(torch.uint8).numpy(), "K": cameras.K[i].numpy(), "world_to_cam": cameras.world_to_cam[i].numpy(),
+              "kinds": np.array([1, 2, 3, 3, 3, 3, *(7 if solid.is_flat else FURNITURE[solid.kind] for solid in room.solids)])}
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -165,10 +172,9 @@ def _packed_room_view(scene: RoomScene, i: int) -> dict[str, np.ndarray]:
 
 def _room_view(scene: RoomScene, i: int) -> View:
     packed = {name: torch.from_numpy(x) for name, x in _packed_room_view(scene, i).items()}
-    room, cameras = _room(scene)
-    kinds = torch.tensor([1, 2, 3, 3, 3, 3, *(7 if solid.is_flat else FURNITURE[solid.kind] for solid in room.solids)])
     instance = packed["instance"].long()
-    return View(packed["color"].permute(2, 0, 1).float() / 255, cameras[i], instance + 1, packed["depth"], None, F.normalize(packed["normals"].float(), dim=2), kinds[instance])
+    camera = Cameras(packed["world_to_cam"][None], packed["K"][None], scene.width, scene.height)
+    return View(packed["color"].permute(2, 0, 1).float() / 255, camera, instance + 1, packed["depth"], None, F.normalize(packed["normals"].float(), dim=2), packed["kinds"][instance])
 
 
 def load_labels(path: Path, photo: Photo, width: int, height: int) -> Int[Tensor, "H W"]:

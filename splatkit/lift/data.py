@@ -27,6 +27,7 @@ from ..io.re10k import Sequence, read_chunk
 from ..io.reading import Report
 from ..io.source import load_source
 from ..io.transforms import find_transforms
+from .model import with_near_1
 from .train_config import LiftTrain
 
 FIRST_ROOM, HELD_ROOM = 1_000_000, 500_000      # seeds of rooms; those below are for tests and benchmarks
@@ -118,9 +119,7 @@ def mirrored(sample: Sample) -> Sample:
 
 
 def _normalised(images: Tensor, K: Tensor, world_to_cam: Tensor, depth: Tensor, near: float, far: float) -> Sample:
-    poses = world_to_cam.double().clone()
-    poses[:, :3, 3] /= near
-    return Sample(images.contiguous(), K.float(), poses.float(), depth / near, torch.tensor(far / near))
+    return Sample(images.contiguous(), K.float(), with_near_1(world_to_cam, near), depth / near, torch.tensor(far / near))
 
 
 def _source(path: Path, config: LiftTrain, say: Report) -> Source:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..scene import Scene
-from .model import MULTIPLE, SIDE_MIN, MVSplat
+from .model import MULTIPLE, SIDE_MIN, MVSplat, with_near_1
 from .pairs import Group, centre
 from .posed import View
 
@@ -47,8 +47,7 @@ def lift(model: MVSplat, views: Sequence[View], groups: Sequence[Group], near: f
         width, height = padded_size(chosen, side)
         images, counts = zip(*(_picture(view, side, width, height) for view in chosen))
         K = np.stack([view.K * np.array([[w / view.width], [h / view.height], [1.0]]) for view in chosen for w, h in [size_at(view, side)]])
-        poses = np.stack([view.world_to_cam for view in chosen])
-        poses[:, :3, 3] = (poses[:, :3, 3] + poses[:, :3, :3] @ origin) / near      # small numbers in float32, whatever the world's origin is
+        poses = with_near_1(torch.as_tensor(np.stack([view.world_to_cam for view in chosen])), near, torch.from_numpy(origin))
         tensor = lambda x: torch.as_tensor(x, dtype=torch.float32, device=device)[None]
         out = model(torch.stack(images)[None].to(device), tensor(K), tensor(poses), tensor(np.ones(len(chosen))), tensor(np.full(len(chosen), far / near)), official=official)
         for place, i in enumerate(group.views):

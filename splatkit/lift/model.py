@@ -54,6 +54,18 @@ class MVSplat(nn.Module):
                       found.confidence, to_scenes(found, K, world_to_cam, self.config, official))
 
 
+def with_near_1(world_to_cam: Float[Tensor, "*B 4 4"], near: float, origin: Float[Tensor, " 3"] | None = None) -> Float[Tensor, "*B 4 4"]:
+    """The poses, in float32, in the world that the network is trained in: `origin` is 0 there and the camera depth `near` is 1; far is far / near.
+
+    The network's correction of a depth is in absolute units, so that in a world of another scale it is of another size. What comes out goes
+    back by Scene.transformed(near, identity, origin), its depths by * near.
+    """
+    poses = world_to_cam.double().clone()       # small numbers in float32, whatever the world's origin is
+    moved = poses[..., :3, 3] if origin is None else poses[..., :3, 3] + poses[..., :3, :3] @ origin.to(poses)
+    poses[..., :3, 3] = moved / near
+    return poses.float()
+
+
 def _check(images: Tensor, K: Tensor, world_to_cam: Tensor, near: Tensor, far: Tensor) -> None:
     if images.ndim != 5 or images.shape[2] != 3 or not images.is_floating_point():
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected floating point [B, V, 3, H, W] in 0 to 1")

@@ -35,6 +35,7 @@ PICTURED = ("untouched", "snd_0", "snd-blended_0", "control_0", "wrong_0")
 COMPARED = (("snd", "control"), ("snd", "wrong"), ("snd", "untouched"), ("snd-blended", "control"), ("snd", "fit3d"), ("snd", "mef"))
 NUMBERS = {"correspondence": ("recall", 1), "depth": ("rmse", -1), "normals": ("rmse_degrees", -1), "segmentation": ("mean_iou", 1)}      # 1: more is better
 UNFINISHED = 3
+FIRST_TEST_ROOM = 9_200        # of those from 9,000 on, some were looked at when the distance of photos and the step size were chosen
 
 
 def settings(row: str, seed: int, asked: argparse.Namespace) -> Distill:
@@ -56,7 +57,8 @@ def run(asked: argparse.Namespace, commands: dict[str, list[str]]) -> None:
     """The commands, asked.jobs at once, interrupted when the stage's time is over: all of them go on where they were. One that fails does not stop the others."""
     several, logs = asked.jobs > 1, asked.output / "logs"
     logs.mkdir(exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"OMP_NUM_THREADS": "1"} if several else {})}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = {**os.environ, "PYTHONPATH": path, **({"OMP_NUM_THREADS": "1"} if several else {})}
     waiting, running, failed = list(commands.items()), {}, 0
     while waiting or running:
         if time.monotonic() > asked.deadline - 5:
@@ -91,7 +93,7 @@ def rooms(asked: argparse.Namespace) -> None:
     """What training and probes will see, if several processes may see it at once; else each looks when it needs to."""
     if asked.jobs > 1:
         data, probes = settings("snd", 0, asked).data, ProbeData()
-        scenes = [scene for first, count in ((data.first_room, asked.rooms), (probes.first_test_room, asked.test_rooms), (probes.first_train_room, asked.head_rooms))
+        scenes = [scene for first, count in ((data.first_room, asked.rooms), (FIRST_TEST_ROOM, asked.test_rooms), (probes.first_train_room, asked.head_rooms))
                   for scene in scenes_of(dataclasses.replace(data, first_room=first, rooms=count))]
         with ProcessPoolExecutor(asked.jobs, get_context("fork"), torch.set_num_threads, (1,)) as pool:
             for _ in pool.map(look, scenes):
@@ -107,7 +109,7 @@ def pretrain(asked: argparse.Namespace) -> None:
 
 
 def probe(asked: argparse.Namespace, output: Path, file: Path, *more: str) -> list[str]:
-    return ["-m", "splatkit.cli", "probe", str(file), "-o", str(output), "--device", asked.device, "--data.test-rooms", str(asked.test_rooms),
+    return ["-m", "splatkit.cli", "probe", str(file), "-o", str(output), "--device", asked.device, "--data.test-rooms", str(asked.test_rooms), "--data.first-test-room", str(FIRST_TEST_ROOM),
             "--data.train-rooms", str(asked.head_rooms), "--data.cache", str(asked.output / "rooms"), "--bins", "64",
             *(word for task in ("depth", "normals", "segmentation") for word in (f"--{task}.steps", str(asked.head_steps))), *more]
 

@@ -29,21 +29,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["pilot", "stage"])
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--steps", type=int, default=14_000, help="of the whole schedule")
+    parser.add_argument("--steps", type=int, default=14_000, help="of the whole schedule; 0: as many as fit into --minutes")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--batch", type=int, default=1, help="samples a step of each process")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "lift-tiny")
     args, args.more = parser.parse_known_args()
     record = json.loads(FILE.read_text()) if FILE.is_file() else {}
     done = record.get("step", 0) if args.part == "stage" else 0
-    if done >= args.steps:
+    if done >= args.steps > 0:
         print(f"all {args.steps} steps are done")
         return
     seconds = 60 * (args.minutes or {"pilot": 60, "stage": 40}[args.part])
     start = time.monotonic()
     per_step = timed(args)
     fit = max(1, int((seconds - (time.monotonic() - start)) / per_step))
-    total, last = (fit, fit) if args.part == "pilot" else (args.steps, min(args.steps, done + fit))
+    total = args.steps if args.part == "stage" and args.steps else done + fit
+    last = min(total, done + fit)
     print(f"{per_step:.2f} s a step: steps {done} to {last} of {total}", flush=True)
     run = args.work / args.part
     shutil.rmtree(run, ignore_errors=True)

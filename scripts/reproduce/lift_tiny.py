@@ -30,12 +30,14 @@ def main() -> None:
     parser.add_argument("part", choices=["pilot", "stage"])
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--steps", type=int, default=14_000, help="of the whole schedule; 0: as many as fit into --minutes")
+    parser.add_argument("--anew", action="store_true", help="a stage with a schedule of its own, as long as --minutes, from the weights there are")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--batch", type=int, default=1, help="samples a step of each process")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "lift-tiny")
     args, args.more = parser.parse_known_args()
     record = json.loads(FILE.read_text()) if FILE.is_file() else {}
-    done = record.get("step", 0) if args.part == "stage" else 0
+    going_on = args.part == "stage" and WEIGHTS.is_file()
+    done = record.get("step", 0) if going_on and not args.anew else 0
     if done >= args.steps > 0:
         print(f"all {args.steps} steps are done")
         return
@@ -43,12 +45,12 @@ def main() -> None:
     start = time.monotonic()
     per_step = timed(args)
     fit = max(1, int((seconds - (time.monotonic() - start)) / per_step))
-    total = args.steps if args.part == "stage" and args.steps else done + fit
+    total = args.steps if args.part == "stage" and args.steps and not args.anew else done + fit
     last = min(total, done + fit)
     print(f"{per_step:.2f} s a step: steps {done} to {last} of {total}", flush=True)
     run = args.work / args.part
     shutil.rmtree(run, ignore_errors=True)
-    begin = ["--begin", str(done), "--weights", str(WEIGHTS)] if done else []
+    begin = ["--begin", str(done), "--weights", str(WEIGHTS)] if going_on else []
     train(args, run, ["--steps", str(total), "--end", str(last), *begin])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     held = [{k: round(x, 5) for k, x in line.items()} for line in lines if "held_psnr" in line]

@@ -1,4 +1,5 @@
 """LPIPS: against the published networks layer by layer in double, the layouts of weights that are read, and those that are refused."""
+import importlib.util
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from perceptual import PUBLISHED, packaged, published, random_state, write
 from torch import nn
 
-from splatkit import lpips
+from splatkit import _compat, lpips
 from splatkit.errors import BadFile
 
 NETS = pytest.mark.parametrize("net", ["alex", "vgg"])
@@ -56,6 +57,8 @@ def test_distance_is_that_of_the_published_network(net, height, width, states, t
 @pytest.mark.filterwarnings("ignore")
 @NETS
 def test_distance_is_that_of_the_lpips_package(net, tmp_path):
+    if importlib.util.find_spec("lpips"):
+        _compat.torchvision()       # which it imports
     package = pytest.importorskip("lpips", reason="the package lpips is the oracle here")
     torch.manual_seed(0)
     theirs = package.LPIPS(net=net, pnet_rand=True, verbose=False)

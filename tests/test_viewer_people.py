@@ -126,6 +126,9 @@ def test_features_have_the_same_colours_from_every_view(tab):
 
 
 def test_crop_undo_and_export(tab, scene, tmp_path):
+    tab.click(selector="#look-features")       # what was looked at is exported too
+    tab.wait("window.splatkit.scene.features")
+    tab.run("await app.setLook('colour')")
     tab.click(selector="#crop-toggle")
     tab.run("const s = document.querySelector('#crop input[type=range]'); s.value = '0.5'; s.dispatchEvent(new Event('input'))")     # the low end of x
     low = tab.run("return app.edits.crop.low[0]")
@@ -142,6 +145,26 @@ def test_crop_undo_and_export(tab, scene, tmp_path):
     assert abs(len(left) - kept) < 0.03 * len(scene) and float(left.means[:, 0].min()) >= low - 1e-3      # outliers of the other axes lie outside too
     assert left.features.shape[1] == 6
     tab.click(selector="#undo")
+
+
+def test_faces_of_the_crop_box_are_dragged_by_their_handles(tab):
+    tab.run("app.home()")
+    tab.click(selector="#crop-toggle")
+    where = """const v = app.view(), w = v.worldToCam, s = app.canvas.clientWidth / v.width, box = app.overlay.box;
+        const at = p => { const t = [0, 1, 2].map(i => w[4 * i] * p[0] + w[4 * i + 1] * p[1] + w[4 * i + 2] * p[2] + w[4 * i + 3]);
+            return [(v.K[0] * t[0] / t[2] + v.K[2]) * s, (v.K[4] * t[1] / t[2] + v.K[5]) * s] };
+        const middle = [0, 1, 2].map(k => (box.low[k] + box.high[k]) / 2), face = (x, e) => middle.map((m, k) => k === x ? e : m);
+        return [0, 1, 2].flatMap(x => ["low", "high"].map(end => ({x, end, from: at(face(x, box[end][x])), to: at(face(x, 0.7 * box[end][x] + 0.3 * middle[x])), before: box[end][x], middle: middle[x]})))"""
+    pose = tab.run("return JSON.stringify(app.pose)")
+    seen = [f for f in tab.run(where) if all(20 < x < 680 and 90 < y < 640 for x, y in (f["from"], f["to"])) and np.hypot(*np.subtract(f["from"], f["to"])) > 15]
+    face = max(seen, key=lambda f: np.hypot(*np.subtract(f["from"], f["to"])))
+    tab.mouse(steps=[["move", *face["from"]], ["down"], ["move", *np.add(face["from"], face["to"]) / 2], ["move", *face["to"]], ["up"]])
+    after = tab.run("return app.edits.crop[argument[0]][argument[1]]", [face["end"], face["x"]])
+    assert after == pytest.approx(0.7 * face["before"] + 0.3 * face["middle"], abs=0.05 * abs(face["before"] - face["middle"]))
+    slider = tab.run("return Number(document.querySelectorAll('#crop input[type=range]')[argument].value)", 2 * face["x"] + (face["end"] == "high"))
+    assert slider == pytest.approx(0.15 if face["end"] == "low" else 0.85, abs=0.04)
+    assert tab.run("return JSON.stringify(app.pose)") == pose      # the camera stood still
+    tab.click(selector="#crop-toggle")
 
 
 def test_what_lies_in_a_rectangle_is_deleted_and_comes_back(tab):

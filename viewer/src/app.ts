@@ -46,6 +46,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
   fixedView: View | null = null; // in place of the camera
   showFrusta = true;
   grabber: Grab | null = null;
+  handles: Grab | null = null; // what can be dragged where nothing else takes the drag
   private ownBackground: Rgb = [0, 0, 0];
   private chosenBackground: Rgb | null = null;
   private chosen = false; // somebody moved the camera since it was placed to show the scene
@@ -248,7 +249,7 @@ export class App extends Emitter<AppEvents> implements ControlsOwner {
     this.emit("hover", null);
   }
   grab(x: number, y: number): ((x: number, y: number, done: boolean) => void) | null {
-    return this.grabber?.(x, y) ?? null;
+    return (this.grabber ?? this.handles)?.(x, y) ?? null;
   }
   /** Where the scene is under a canvas pixel, and how deep; null where there is nothing. */
   async placeAt(x: number, y: number): Promise<{ depth: number; place: Vector3 } | null> {

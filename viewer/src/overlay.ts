@@ -1,12 +1,19 @@
 /** Lines over the picture, by three.js: frusta of capture cameras, the crop box, a measured line, the camera path. */
-import { BufferGeometry, Camera, Color, Float32BufferAttribute, Group, LineBasicMaterial, LineSegments, Scene, Vector3, WebGLRenderer } from "three";
-import { centreOf, project, threeMatrices, unproject, type View } from "./pose";
+import { BufferGeometry, Camera, Color, Float32BufferAttribute, Group, LineBasicMaterial, LineSegments, Points, PointsMaterial, Scene, Vector3, WebGLRenderer } from "three";
+import { alongAxis, centreOf, project, threeMatrices, unproject, type View } from "./pose";
 import type { CaptureCamera } from "./wire";
 
 export interface Box {
   low: [number, number, number];
   high: [number, number, number];
 }
+
+export interface Face {
+  end: "low" | "high";
+  axis: 0 | 1 | 2;
+}
+const FACES: Face[] = ([0, 1, 2] as const).flatMap((axis) => [{ end: "low", axis }, { end: "high", axis }] as Face[]);
+const HANDLE_PX = 9; // CSS pixels
 
 export class Overlay {
   private renderer: WebGLRenderer | null = null;
@@ -17,6 +24,7 @@ export class Overlay {
   private cameras: CaptureCamera[] = [];
   private colours: Color[] = [];
   private chosen: number | null = null;
+  private box: Box | null = null;
 
   constructor(private readonly canvas: HTMLCanvasElement, private readonly gl: WebGL2RenderingContext) {
     this.camera.matrixAutoUpdate = false;
@@ -106,6 +114,26 @@ export class Overlay {
           for (const c of [corner, corner | (1 << axis)]) for (let k = 0; k < 3; k++) points.push(c & (1 << k) ? box.high[k]! : box.low[k]!);
         }
     this.lay("box", points, "#4fd1c5");
+    this.box = box;
+    if (!box) return;
+    const middles = FACES.map((face) => middleOf(box, face));
+    const geometry = new BufferGeometry().setAttribute("position", new Float32BufferAttribute(middles.flatMap((p) => [p.x, p.y, p.z]), 3));
+    const handles = new Points(geometry, new PointsMaterial({ color: "#4fd1c5", size: HANDLE_PX * devicePixelRatio, sizeAttenuation: false, depthTest: false }));
+    handles.frustumCulled = false;
+    this.parts.box.add(handles);
+  }
+
+  /** The face of the box whose handle is at canvas pixel (x, y). */
+  faceAt(view: View, x: number, y: number): Face | null {
+    const { box } = this;
+    if (!box) return null;
+    const near = FACES.map((face) => ({ face, p: project(view, middleOf(box, face)) }))
+      .filter(({ p }) => p.z > 0 && Math.hypot(p.x - x, p.y - y) < 1.5 * HANDLE_PX * devicePixelRatio);
+    return near.sort((a, b) => a.p.z - b.p.z)[0]?.face ?? null;
+  }
+  /** Where a face is dragged to: the coordinate along its axis that comes nearest to what is seen at canvas pixel (x, y); null where one looks along the axis. */
+  faceDraggedTo(view: View, face: Face, x: number, y: number): number | null {
+    return this.box && alongAxis(view, middleOf(this.box, face), face.axis, x, y);
   }
   setLine(part: "measure" | "path", points: Vector3[], colour: string): void {
     const pairs = points.slice(1).flatMap((p, k) => [points[k]!, p]);
@@ -114,9 +142,9 @@ export class Overlay {
 
   private lay(part: keyof Overlay["parts"], points: number[], colour: string | null, colours?: number[]): void {
     const group = this.parts[part];
-    for (const old of group.children as LineSegments[]) {
+    for (const old of group.children as (LineSegments | Points)[]) {
       old.geometry.dispose();
-      (old.material as LineBasicMaterial).dispose();
+      (old.material as LineBasicMaterial | PointsMaterial).dispose();
     }
     group.clear();
     if (!points.length) return;
@@ -126,6 +154,11 @@ export class Overlay {
     lines.frustumCulled = false;
     group.add(lines);
   }
+}
+
+function middleOf(box: Box, { end, axis }: Face): Vector3 {
+  const at = [0, 1, 2].map((k) => (k === axis ? box[end][k]! : (box.low[k]! + box.high[k]!) / 2));
+  return new Vector3(...(at as [number, number, number]));
 }
 
 /** The picture's corners at a depth of `size`: top left, top right, bottom right, bottom left. */

@@ -82,6 +82,13 @@ export function project(view: View, p: { x: number; y: number; z: number }): { x
   return { x: (K[0]! * at(0)) / z + K[2]!, y: (K[4]! * at(4)) / z + K[5]!, z };
 }
 
+/** The coordinate along world axis `axis` of the point on the line through `from` that comes nearest to the ray of pixel (x, y); null where they are nearly parallel. */
+export function alongAxis(view: View, from: Vector3, axis: 0 | 1 | 2, x: number, y: number): number | null {
+  const eye = new Vector3(...centreOf(view.worldToCam)), ray = unproject(view, x, y, 1).sub(eye).normalize(), apart = from.clone().sub(eye);
+  const along = ray.getComponent(axis), sine2 = 1 - along * along;
+  return sine2 < 1e-3 ? null : from.getComponent(axis) + (along * ray.dot(apart) - apart.getComponent(axis)) / sine2;
+}
+
 /** Matrices for three.js, whose cameras look along -z with y up. */
 export function threeMatrices(view: View, near: number, far: number): { projection: Matrix4; worldToCamera: Matrix4 } {
   const { K, width: W, height: H, worldToCam: w } = view;

@@ -45,6 +45,19 @@ export function editPanel(app: App, exact: () => Promise<SplatScene>): HTMLEleme
     update();
   };
   const toggle = check("Crop box", false, open, { id: "crop-toggle" });
+  const faceAt = (x: number, y: number) => (box ? app.overlay.faceAt(app.view(), x, y) : null);
+  app.handles = (x0, y0) => {
+    const s = app.view().width / app.canvas.clientWidth, face = faceAt(x0 * s, y0 * s);
+    return face && ((x, y) => {
+      const to = box && app.overlay.faceDraggedTo(app.view(), face, x * s, y * s);
+      if (to == null || !box || !whole) return;
+      const { end, axis } = face, [low, high] = end === "low" ? [whole.low[axis], box.high[axis]] : [box.low[axis], whole.high[axis]];
+      box[end][axis] = Math.min(Math.max(to, low), high);
+      inputs.find(([, e, k]) => e === end && k === axis)![0].value = `${(box[end][axis] - whole.low[axis]) / (whole.high[axis] - whole.low[axis] || 1)}`;
+      update();
+    });
+  };
+  app.on("hover", (at) => app.canvas.classList.toggle("handle", !!at && !!faceAt(at.x, at.y)));
 
   const rectangle = button("Select to delete", () => select(!selecting), { title: "Drag a rectangle; all that lies in it is deleted (X)", id: "select" });
   const select = (on: boolean) => {

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -65,12 +66,17 @@ def _lines(path: Path) -> Iterator[dict]:
 class Following:
     """Scene files and run folders as they are on the disk: `shown`, in the order of `paths`, and what another process writes there while it is shown.
 
-    From `start` to `close` a thread looks every `seconds` for another scene file (a run replaces its own with every checkpoint) and for further
+    A run that has not come to its first scene is waited for. From `start` to `close` a thread looks every `seconds` for another scene file (a run replaces its own with every checkpoint) and for further
     metrics; what cannot be read leaves what was there, and `say` gets a line. Raises BadFile as `opened`.
     """
 
     def __init__(self, paths: Sequence[Path], say: Report = silent, seconds: float = 2.0):
         self.files = [path / "scene.ply" if path.is_dir() else path for path in paths]
+        for path, file in zip(paths, self.files):
+            if (path / "config.yaml").is_file() and not file.exists():
+                say(f"{path}: the run has no scene yet; waiting for its first (Ctrl-C ends this)")
+                while not file.exists():
+                    time.sleep(seconds / 4)
         self.stamps = [_stamp(file) for file in self.files]     # before it is read: what is written meanwhile is read again
         self.paths, self.shown, self.say, self.seconds = paths, [opened(path, say) for path in paths], say, seconds
         self.ended, self.viewer = threading.Event(), None

@@ -3,6 +3,7 @@ import base64
 import io as bytes_io
 import json
 import re
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -127,7 +128,6 @@ def test_a_run_folder_opens_with_photos_cameras_and_metrics(watched):
 
 
 def test_a_run_without_its_photos_is_shown_without_them(watched, tmp_path):
-    import shutil
     shutil.copytree(watched[0], tmp_path / "run")
     text = (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "run" / "config.yaml").write_text(re.sub(r"^data: .*$", f"data: {tmp_path}/gone", text, flags=re.M))
@@ -141,7 +141,6 @@ def test_a_run_without_its_photos_is_shown_without_them(watched, tmp_path):
 
 
 def test_what_another_process_writes_into_a_run_folder_is_shown(watched, tmp_path):
-    import shutil
     run = tmp_path / "run"
     shutil.copytree(watched[0], run)
     said, followed = [], Following([run], lambda line: said.append(line), seconds=0.05)
@@ -164,6 +163,17 @@ def test_what_another_process_writes_into_a_run_folder_is_shown(watched, tmp_pat
         page.raw.close()
         followed.close()
     assert (after["count"], after["step"], after["live"]) == (50, 300, True) and len(said) == 1
+
+
+def test_a_run_that_has_no_scene_yet_is_waited_for(watched, tmp_path):
+    run, said = tmp_path / "run", []
+    shutil.copytree(watched[0], run)
+    (run / "scene.ply").rename(run / "later.ply")
+    first = threading.Timer(0.3, lambda: (run / "later.ply").rename(run / "scene.ply"))
+    first.start()
+    followed = Following([run], said.append, seconds=0.05)
+    assert not first.is_alive() or first.finished.is_set()
+    assert len(said) == 1 and "no scene yet" in said[0] and len(followed.shown[0].state.scene) == len(io.load(run / "scene.ply")[0])
 
 
 def test_what_cannot_be_shown_is_one_line(tmp_path, capsys):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .. import config as configs
@@ -22,7 +23,7 @@ from ..raster import RasterSettings, device_for, render
 from ..scene import Scene
 from .cost import cost
 from .lifting import lift, padded_size, size_at, thinned
-from .pairs import depth_range, grouped, middle_depth, overlap
+from .pairs import centre, depth_range, grouped, middle_depth, overlap
 from .posed import KINDS, Posed, posed
 from .weights import load_weights
 
@@ -105,9 +106,10 @@ def lift_photos(request: Request, say: Report) -> Iterator[str]:
 
 @torch.no_grad()
 def _check(scene: Scene, settings: RasterSettings, given: Posed, side: int, depth: float) -> Iterator[str]:
-    """PSNR and SSIM of photos that were not lifted and see most of the same, else of those that were."""
+    """PSNR and SSIM of photos that were not lifted, see some of the same and were taken nearest to those that were; where there is none, of these."""
     sees = lambda view: max(overlap(view, other, depth) for other in given.views)
-    others = [view for view in sorted(given.others, key=sees, reverse=True)[:CHECKED_MAX] if sees(view) > 0.3]
+    away = lambda view: min(float(np.linalg.norm(centre(view) - centre(other))) for other in given.views)
+    others = sorted((view for view in given.others if sees(view) > 0.3), key=away)[:CHECKED_MAX]
     kind = "not lifted" if others else "lifted"
     if not others:
         yield "check: inputs only, not a test of depth (there is no other photo of the same things)"

@@ -162,12 +162,12 @@ def stacked(paths: list[Path], parts: int, to: Path) -> None:
 def tables(asked: argparse.Namespace) -> None:
     found = {m["name"]: m for path in sorted((asked.output / "probe").glob("*/metrics.json")) for m in json.loads(path.read_text())["backbones"]}
     names = {"untouched": ["untouched"], **{row: [f"{row}_{seed}" for seed in range(asked.seeds)] for row in ROWS}}
-    by_row = {row: [found[name] for name in of_row] for row, of_row in names.items() if all(name in found for name in of_row)}
-    if lacking := [row for row in names if row not in by_row]:
-        print(f"not measured with all seeds, and left out: {', '.join(lacking)}")
+    by_row = {row: runs for row, of_row in names.items() if (runs := [found[name] for name in of_row if name in found])}
+    if lacking := [name for of_row in names.values() for name in of_row if name not in found]:
+        print(f"not measured: {', '.join(lacking)}")
     lines = ["| row | " + " | ".join(f"{task} {number}" for task, (number, _) in NUMBERS.items()) + " |", "|---|" + "---:|" * len(NUMBERS)]
     for row, runs in by_row.items():
-        lines.append(f"| {row} | " + " | ".join(f"{sum(m['means'][task][number] for m in runs) / len(runs):.4f}" for task, (number, _) in NUMBERS.items()) + " |")
+        lines.append(f"| {row}{f', {len(runs)} of {asked.seeds} seeds' if len(runs) < len(names[row]) else ''} | " + " | ".join(f"{sum(m['means'][task][number] for m in runs) / len(runs):.4f}" for task, (number, _) in NUMBERS.items()) + " |")
     lines += ["", "| paired difference, per room | " + " | ".join(NUMBERS) + " |", "|---|" + "---:|" * len(NUMBERS)]
     results = {"rows": {row: [m["means"] for m in runs] for row, runs in by_row.items()}, "differences": {}}
     for one, other in COMPARED:

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import config as configs
-from ..errors import BackendUnavailable, BadConfig, BadFile, Diverged
+from ..errors import BadConfig, BadFile, Diverged
 from ..io import checkpoint
 from ..io.reading import Report, silent
+from ..raster import device_for
 from ..reconstruct import SKIPS_MAX, check_same_settings, keep_lines
 from ..shard import Shard, exchange, joined, versions
 from . import backbone as backbones
@@ -107,7 +108,7 @@ def distill(config: Distill, report: Callable[..., None] = lambda *a, **k: None,
 
 
 def _distill(config: Distill, report, say, watcher: Watcher, shard: Shard, scenes: list[PosedScene] | None) -> dict[str, float]:
-    folder, start, device = config.output, time.monotonic(), working_device(config.device)
+    folder, start, device = config.output, time.monotonic(), device_for(config.device)
     scenes = scenes_of(config.data, say) if scenes is None else scenes
     samples = Samples(scenes, config.data, config.seed, config.geometry.permuted)
     drift_sample = samples[0]
@@ -232,16 +233,6 @@ def _check_data(config: Distill, sample: Sample, say: Report) -> None:
         say("no instance masks: regions are k-means of the teacher's tokens instead; --label.regions none goes without, and without blending")
     if config.method == "correspondence" and any(v.depth is None for v in views):
         raise BadFile(config.data.folder or sample.scene, "depth", "method correspondence needs photos with depth")
-
-
-def working_device(asked: str) -> str:
-    """Raises BackendUnavailable where a card is asked for and there is none."""
-    from ..raster import backends
-
-    why = "torch sees no CUDA device" if not torch.cuda.is_available() else backends()["cuda"]
-    if asked == "cuda" and why:
-        raise BackendUnavailable(f"cuda: {why}; --device cpu works without")
-    return "cpu" if asked == "cpu" or why else "cuda"
 
 
 def _board(config: Distill, say: Report):

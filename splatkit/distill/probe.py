@@ -18,12 +18,13 @@ from .. import config as configs
 from ..errors import BadConfig, BadFile
 from ..io.atomic import replacing
 from ..io.reading import Report, silent
+from ..raster import device_for
 from . import backbone as backbones
 from .attach import components
 from .config import DataConfig, Distill
 from .geometry import geometry_of
 from .label import labels_of
-from .loop import WEIGHTS, working_device
+from .loop import WEIGHTS
 from .photo_lists import ListScene, scannet_pairs
 from .probe_config import Probe, ProbeData
 from .probes import (Matches, confusion, depth_errors, depth_from, depth_loss, match, mean_iou, normal_errors, normal_loss, rotation_between, segmentation_loss,
@@ -58,7 +59,7 @@ def probe(config: Probe, report: Report = silent) -> list[Measured]:
     Where metrics.json has a backbone already, under the same settings and weights, it is not measured again. `report` hears of every task.
     Raises BadFile or BadConfig for data or weights that cannot be used.
     """
-    device = working_device(config.device)
+    device = device_for(config.device)
     train, test = (_scenes(config.data, which, report) for which in ("train", "test"))
     config.output.mkdir(parents=True, exist_ok=True)
     path, settings = config.output / "metrics.json", _lasting(config)

@@ -3,6 +3,7 @@ import dataclasses
 import importlib.util
 import json
 import multiprocessing
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -109,7 +110,8 @@ def test_the_exported_backbone_loads_into_plain_timm_and_gives_the_same_tokens(w
     assert not torch.allclose(tokens, backbones.load(TINY)(photos), atol=1e-3)
 
 
-def in_two_processes(tmp_path, config_file: Path, rest: tuple[str, ...] = (), kill: int | None = None, wait_for: Path | None = None) -> tuple[list[int], list[str]]:
+def in_two_processes(tmp_path, config_file: Path, rest: tuple[str, ...] = (), kill: int | None = None, once: Path | None = None) -> tuple[list[int], list[str]]:
+    """Exit codes and what was said; process `kill` is killed when the file `once` is there, of which a copy goes to tmp_path / "kept"."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -120,9 +122,11 @@ def in_two_processes(tmp_path, config_file: Path, rest: tuple[str, ...] = (), ki
     for child in children:
         child.start()
     if kill is not None:
-        deadline = time.monotonic() + 60
-        while not (wait_for.exists() and wait_for.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        deadline = time.monotonic() + 150
+        while not once.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (tmp_path / "kept").mkdir()
+        shutil.copy(once, tmp_path / "kept")
         children[kill].kill()
     for child in children:
         child.join(100)
@@ -130,17 +134,21 @@ def in_two_processes(tmp_path, config_file: Path, rest: tuple[str, ...] = (), ki
 
 
 def test_two_processes_with_the_same_batch_are_one_and_a_killed_one_ends_both(tmp_path):
-    one = settings(tmp_path / "one", steps=4, batch=4, adapter=Adapter(dropout=0.0), loss=LossConfig(centering="mean", student_temperature=0.1, teacher_temperature=0.05))
-    distill(one)
+    one = settings(tmp_path / "one", steps=10_000, lr=0.1, batch=4, adapter=Adapter(dropout=0.0),      # four steps of a warm-up of a hundred
+                   loss=LossConfig(centering="mean", student_temperature=0.1, teacher_temperature=0.05))
+
+    class Stop(loop.Watcher):
+        def stepped(self, run):
+            if run.step == 5:
+                raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        distill(one, watcher=Stop())
     config.save(dataclasses.replace(one, output=tmp_path / "two"), tmp_path / "two.yaml")
-    codes, said = in_two_processes(tmp_path, tmp_path / "two.yaml")
-    assert codes == [0, 0], said
-    a, b = (checkpoint.load(tmp_path / name / "checkpoint").tensors for name in ("one", "two"))
-    assert a.keys() == b.keys() and max(float((a[k] - b[k]).abs().max()) for k in a if not k.startswith("adam")) < 1e-5
-    assert [line["loss"] for line in lines(tmp_path / "two")] == pytest.approx([line["loss"] for line in lines(tmp_path / "one")], abs=1e-5)
-    config.save(dataclasses.replace(one, output=tmp_path / "killed", steps=10_000), tmp_path / "killed.yaml")
-    codes, said = in_two_processes(tmp_path, tmp_path / "killed.yaml", kill=1, wait_for=tmp_path / "killed" / "metrics.jsonl")
+    codes, said = in_two_processes(tmp_path, tmp_path / "two.yaml", kill=1, once=tmp_path / "two" / "checkpoint" / "checkpoint-00000004.safetensors")
     assert codes == [2, -9] and "process 1 of 2 (counted from 0) was lost" in said[0] and "--resume" in said[0], said
+    a, b = (checkpoint.load(folder).tensors for folder in (tmp_path / "one" / "checkpoint", tmp_path / "kept"))
+    assert a.keys() == b.keys() and max(float((a[k] - b[k]).abs().max()) for k in a if not k.startswith("adam")) < 1e-5
+    assert [line["loss"] for line in lines(tmp_path / "two")[:4]] == pytest.approx([line["loss"] for line in lines(tmp_path / "one")[:4]], abs=1e-5)
 
 
 # ---- what goes wrong

@@ -200,6 +200,9 @@ class Reconstruct:
     """Photos are area-averaged to 1/downscale of their size; at 2, 4 or 8 the folder images_2, images_4 or images_8 is read where there is one."""
     max_side: int = 0
     """Photos whose longer side is above this many pixels are made smaller still; 0 leaves them."""
+    min_scale: float = 0.0
+    """No axis of a Gaussian becomes thinner than this many pixels (standard deviation) of the photo that sees it from nearest: what is finer no photo has shown, and it falls
+    apart where one looks closer. 0 sets no bound."""
     hold_every: int = 8
     """Photos 0, n, 2n, ... by name are held out for evaluation; 0 holds out none."""
     ssim_weight: float = 0.2
@@ -245,6 +248,7 @@ class Reconstruct:
         _require(self, "0 or at least 2", hold_every=self.hold_every >= 0 and self.hold_every != 1)
         _require(self, "0 to 1", ssim_weight=0 <= self.ssim_weight <= 1, coarse_fraction=0 <= self.coarse_fraction <= 1, background=all(0 <= c <= 1 for c in self.background))
         _require(self, "above 0", exposure_lr=self.exposure_lr > 0)
+        _require(self, "0 or more, and finite", min_scale=0 <= self.min_scale < float("inf"))
         _require(self, "0 to 2^63 - 1", seed=0 <= self.seed < 2 ** 63)
 
 

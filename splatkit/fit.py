@@ -21,6 +21,7 @@ from .metrics import inverse_depth_l1, l1_ssim, l1_ssim_and_gradient
 from .optim import Adam, AttributeDecay, StateDecay, sh_learning_rates
 from .poses import Poses
 from .raster import RasterSettings, record, splat_gradients
+from .sampling import pixel_sizes
 from .scene import Edit, Part, Scene
 from .shard import ALONE, Shard
 
@@ -59,6 +60,7 @@ class Fit:
     queue: list[int]            # those still to come in this round
     step: int = 0
     shard: Shard = ALONE
+    floor: Tensor | None = None     # [N, 1], of log_scales; None: to be worked out anew
 
     @property
     def gaussians(self) -> int:
@@ -145,6 +147,14 @@ class Fit:
             self.adam.part = self.growth.part = part
         self.scene, self.step = scene, step
         return edit
+
+    def bound(self, cameras: Sequence[Cameras], shrunk: int, edit: Edit | None) -> None:
+        """Ends a step, which changed rows by `edit`, with what config.min_scale asks for; photos are looked at 1 / `shrunk` of the size of their `cameras`."""
+        if not self.config.min_scale:
+            return
+        if self.floor is None or edit is not None or self.step % 100 == 0:
+            self.floor = (self.config.min_scale * shrunk * pixel_sizes(self.scene.means, cameras)).log()[:, None]
+        torch.maximum(self.scene.log_scales, self.floor, out=self.scene.log_scales)
 
     def _gather(self, x: Tensor) -> Tensor:
         return self.shard.gather(x, self.gaussians)

@@ -130,7 +130,7 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
         keep_lines(run / "metrics.jsonl", fit.step)
 
     def save() -> None:
-        scene = fit.whole_scene()
+        scene, fit.floor = fit.whole_scene(), None      # a resumed run works it out anew, so this one does too
         if shard.rank == 0:
             io.save(run / "scene.ply", scene.to("cpu"), SceneHeader(settings.changed(), up, False, source, fit.step))
             if fit.poses:
@@ -145,7 +145,8 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
             for step in range(fit.step + 1, config.steps + 1):
                 fit.queue = fit.queue or [train[i] for i in torch.randperm(len(train), generator=fit.order).tolist()]
                 i = fit.queue.pop()
-                seen = view(i) if step > config.coarse_fraction * config.steps else view(i).halved()
+                coarse = step <= config.coarse_fraction * config.steps
+                seen = view(i).halved() if coarse else view(i)
                 if config.random_background:
                     background = torch.rand(3, generator=fit.order).to(views.device, non_blocking=True)
                 rate = exponential_decay(step, config.steps, config.lr.means, config.lr.means_final) * extent
@@ -156,7 +157,9 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
                 if skipped == skips_max:
                     raise Diverged(f"{run}: the gradients of {', '.join(bad)} were not finite in {skips_max} steps in a row, up to step {step}; the last checkpoint "
                                    "and scene.ply are as they were before: lower the learning rates (--lr.*) and go on with --resume, or start anew")
-                watcher.stepped(fit, fit.grow(step), i, loss)
+                edit = fit.grow(step)
+                fit.bound(list(cameras.values()), 1 + coarse, edit)
+                watcher.stepped(fit, edit, i, loss)
                 if step % 100 == 0 or step == config.steps:
                     mse = float((color - seen.photo)[slice(None) if seen.mask is None else seen.mask].square().mean())
                     record = {"step": step, "loss": float(loss), "psnr_train": -10 * math.log10(max(mse, 1e-12)), "gaussians": fit.gaussians,

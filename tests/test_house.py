@@ -16,7 +16,7 @@ FLOORS = [      # imports point down or stay on their floor
     {"scene", "header", "camera", "capture", "errors", "config", "native", "_compat", "progress"},
     {"raster", "io"},
     {"wire", "optim", "adc", "density", "metrics", "lpips", "exposure", "poses", "rooms", "paths", "film", "views", "convert"},
-    {"growth", "shard", "looking", "adapters"},
+    {"growth", "shard", "looking", "adapters", "sampling"},
     {"compress", "mesh"},
     {"fit", "initial"},
     {"reconstruct", "evaluation", "sfm", "sfm_worker"},

@@ -127,6 +127,6 @@ def test_steps_through_the_recorded_picture_lead_where_those_of_autograd_do(phot
 
 
 def test_a_run_on_a_card_that_is_not_there_is_refused_in_one_line(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("splatkit.views.backends", lambda: {"cuda": "torch sees no CUDA device", "cpu": None})
+    monkeypatch.setattr("splatkit.raster.backends", lambda: {"cuda": "torch sees no CUDA device", "cpu": None})
     with pytest.raises(BackendUnavailable, match="no CUDA device; --device cpu works without"):
         reconstruct(settings(photos, tmp_path, device="cuda"))

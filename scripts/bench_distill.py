@@ -17,11 +17,11 @@ from splatkit.distill import label, maps
 from splatkit.distill.config import DataConfig, Distill, GeometryConfig
 from splatkit.distill.geometry import from_depth, geometry_of
 from splatkit.distill.label import Label, pixel_maps
-from splatkit.distill.loop import Run, take_step, working_device
+from splatkit.distill.loop import Run, take_step
 from splatkit.distill.samples import Samples
 from splatkit.distill.step import Tally, loss_of
 from splatkit.distill.views import RoomScene
-from splatkit.raster import render
+from splatkit.raster import device_for, render
 from splatkit.shard import ALONE
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="vit_small_patch14_dinov2")
     parser.add_argument("--lift", type=Path)
     asked = parser.parse_args()
-    device = working_device(asked.device)
+    device = device_for(asked.device)
     base = Distill(data=DataConfig(rooms=1, height=asked.height, width=asked.width, gap=(2, 4)), geometry=GeometryConfig("depth"))
     config = dataclasses.replace(base, backbone=dataclasses.replace(base.backbone, name=asked.backbone, weights="random"))
     run = Run(config, device, ALONE)

@@ -1,7 +1,7 @@
 """The house itself: imports point down, pages stay short, public names exist."""
 import ast
 import graphlib
-import importlib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -104,3 +104,12 @@ def test_presets_and_header_are_reached_through_committed_links():
     for link, target in (("configs", "../configs"), ("include", "../cuda/include")):
         assert os.readlink(PACKAGE / link) == target
         assert (PACKAGE / link).is_dir()
+
+
+@pytest.mark.parametrize("script", sorted(Path(__file__).parent.parent.glob("scripts/**/*.py")), ids=lambda path: path.name)
+def test_what_a_script_takes_from_splatkit_is_there(script):
+    taken = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "splatkit"]
+    for node in taken:
+        module = importlib.import_module(node.module)
+        for name in node.names:
+            assert hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}"), f"{node.module}.{name.name}, line {node.lineno}"

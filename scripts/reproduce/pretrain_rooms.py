@@ -18,9 +18,9 @@ from torch import Tensor
 
 from splatkit.distill import backbone as backbones
 from splatkit.distill.config import BackboneConfig
-from splatkit.distill.loop import working_device
 from splatkit.distill.views import RoomScene
 from splatkit.io import checkpoint
+from splatkit.raster import device_for
 
 MODEL = BackboneConfig("vit_tiny_patch16_224", "random", embed_dim=192, depth=6, num_heads=3, patch_size=8, img_size=96)
 TEMPERATURE, PROJECTED = 0.1, 64
@@ -84,7 +84,7 @@ def main() -> None:
             seen = list(pool.map(photos_of, scenes))
     else:
         seen = list(map(photos_of, scenes))
-    device = working_device(asked.device)       # not before: processes that share a card must not be forked
+    device = device_for(asked.device)       # not before: processes that share a card must not be forked
     photos = torch.from_numpy(np.concatenate(seen)).to(device)
     print(f"{len(photos)} photos", flush=True)
     torch.set_float32_matmul_precision("high")

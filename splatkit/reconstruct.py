@@ -104,24 +104,25 @@ def _reconstruct(config: Reconstruct, report: Callable[..., None], say: Report, 
 def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[..., None], say: Report, watcher: Watcher, shard: Shard) -> Scene:
     run, start = config.output, time.monotonic()
     cameras = {i: views.camera(i) for i in train}
-    bytes_per_photo = (17 if config.depth.source != "none" else 13) * max(c.width * c.height for c in cameras.values())
+    all_cameras = list(cameras.values())
+    bytes_per_photo = (17 if config.depth.source != "none" else 13) * max(c.width * c.height for c in all_cameras)
     place = {photo: k for k, photo in enumerate(train)}
     view = functools.lru_cache(max(1, _cache_bytes(views.device) // bytes_per_photo))(
         lambda i: View(place[i], cameras[i], views.image(i), views.mask(i), views.depth(i, config.depth.source)))
-    settings, extent, background = raster_settings(config), extent_of(list(cameras.values())), torch.tensor(config.background, device=views.device)
-    up, source = tuple(estimate_up(Cameras.cat([c.replace(width=1, height=1) for c in cameras.values()])).tolist()), config.data.resolve().name
+    settings, extent, background = raster_settings(config), extent_of(all_cameras), torch.tensor(config.background, device=views.device)
+    up, source = tuple(estimate_up(Cameras.cat([c.replace(width=1, height=1) for c in all_cameras])).tolist()), config.data.resolve().name
     made_with = {"config": configs.to_yaml(dataclasses.replace(config, data=Path(), output=Path(), init=None, resume=False)),
                  "photos": [views.capture.photos[i].name for i in train], "device": views.device}
     saved = checkpoint.load(run / "checkpoint") if config.resume and (run / "checkpoint").is_dir() else None
     if saved:
         _check_same_run(saved, made_with)
         growth = KINDS[config.densification](config, extent, 0, views.device)
-        fit = Fit.resumed(saved, growth, config, list(cameras.values()), shard)
+        fit = Fit.resumed(saved, growth, config, all_cameras, shard)
     else:
         scene = first_scene(views.capture, train, config, say).to(views.device)
         growth = KINDS[config.densification](config, extent, len(scene), views.device)
-        fit = Fit.first(scene, growth, config, list(cameras.values()), shard)
-    shard.agree({**made_with, "poses": torch.cat([x.flatten() for c in cameras.values() for x in (c.world_to_cam, c.K)]),
+        fit = Fit.first(scene, growth, config, all_cameras, shard)
+    shard.agree({**made_with, "poses": torch.cat([x.flatten() for c in all_cameras for x in (c.world_to_cam, c.K)]),
                  "sparse points": torch.from_numpy(views.capture.points), "checkpoint": (fit.step, fit.gaussians), "versions": versions()})
     if shard.rank == 0:
         if not saved:
@@ -158,7 +159,7 @@ def _fit(views: Views, train: list[int], config: Reconstruct, report: Callable[.
                     raise Diverged(f"{run}: the gradients of {', '.join(bad)} were not finite in {skips_max} steps in a row, up to step {step}; the last checkpoint "
                                    "and scene.ply are as they were before: lower the learning rates (--lr.*) and go on with --resume, or start anew")
                 edit = fit.grow(step)
-                fit.bound(list(cameras.values()), 1 + coarse, edit)
+                fit.bound(all_cameras, 1 + coarse, edit)
                 watcher.stepped(fit, edit, i, loss)
                 if step % 100 == 0 or step == config.steps:
                     mse = float((color - seen.photo)[slice(None) if seen.mask is None else seen.mask].square().mean())

@@ -49,6 +49,16 @@ def whole(tmp_path_factory) -> Path:
     return run
 
 
+def stopped(run: Distill, after: int) -> None:
+    """The run, interrupted in step `after`."""
+    class Stop(loop.Watcher):
+        def stepped(self, run):
+            if run.step == after:
+                raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        distill(run, watcher=Stop())
+
+
 @torch.no_grad()
 def cross_view_error(weights: BackboneConfig) -> float:
     """Squared distance of the features of one point in two photos over that of two points, in a room that no run has seen."""
@@ -71,13 +81,7 @@ def test_20_steps_lower_the_excess_and_the_error_across_views_of_a_room_not_seen
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(whole, tmp_path):
     halves = settings(tmp_path, steps=8)
-
-    class Stop(loop.Watcher):
-        def stepped(self, run):
-            if run.step == 6:
-                raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        distill(halves, watcher=Stop())
+    stopped(halves, 6)
     assert checkpoint.load(tmp_path / "checkpoint").step == 4
     distill(dataclasses.replace(halves, resume=True))
     assert same_checkpoint(whole, tmp_path)
@@ -136,13 +140,7 @@ def in_two_processes(tmp_path, config_file: Path, rest: tuple[str, ...] = (), ki
 def test_two_processes_with_the_same_batch_are_one_and_a_killed_one_ends_both(tmp_path):
     one = settings(tmp_path / "one", steps=10_000, lr=0.1, batch=4, adapter=Adapter(dropout=0.0),      # four steps of a warm-up of a hundred
                    loss=LossConfig(centering="mean", student_temperature=0.1, teacher_temperature=0.05))
-
-    class Stop(loop.Watcher):
-        def stepped(self, run):
-            if run.step == 5:
-                raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        distill(one, watcher=Stop())
+    stopped(one, 5)
     config.save(dataclasses.replace(one, output=tmp_path / "two"), tmp_path / "two.yaml")
     codes, said = in_two_processes(tmp_path, tmp_path / "two.yaml", kill=1, once=tmp_path / "two" / "checkpoint" / "checkpoint-00000004.safetensors")
     assert codes == [2, -9] and "process 1 of 2 (counted from 0) was lost" in said[0] and "--resume" in said[0], said

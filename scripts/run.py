@@ -63,7 +63,7 @@ def main():
     workers = str(min(os.cpu_count() or 1, 8))
     if verb == "test":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    command = {"demo": [str(bin_ / "splatkit"), "demo"], "test": [str(python), "-m", "pytest", "-q", "-n", workers, "--dist", "worksteal"]}[verb] + sys.argv[2:]
+    command = {"demo": [str(bin_ / "splatkit"), "demo"], "test": [str(python), "-m", "pytest", "-q", "-n", workers, "--dist", "loadfile"]}[verb] + sys.argv[2:]
     os.chdir(ROOT)
     sys.stdout.flush()
     os.execv(command[0], command)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from splatkit.camera import Cameras
-from splatkit.lift.adapter import pixel_rays
+from splatkit.lift.rays import pixel_rays
 from splatkit.lift.data import Sample, collated, room_sample, training
 from splatkit.lift.losses import seen_in, warped
 from splatkit.lift.sweep import depth_planes

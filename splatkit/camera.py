@@ -100,6 +100,13 @@ def camera_centres(world_to_cam: Float[Tensor, "C 4 4"]) -> Float[Tensor, "C 3"]
     return -(rotation.transpose(1, 2) @ t[..., None]).squeeze(-1)
 
 
+def relative_pose(here: Float[Tensor, "*B 4 4"], there: Float[Tensor, "*B 4 4"]) -> Float[Tensor, "*B 4 4"]:
+    """From the axes of cameras `here` to those of cameras `there`, by the world_to_cam of both."""
+    turn = there[..., :3, :3] @ here[..., :3, :3].transpose(-1, -2)
+    shift = there[..., :3, 3:] - turn @ here[..., :3, 3:]
+    return torch.cat([torch.cat([turn, shift], dim=-1), there[..., 3:, :]], dim=-2)
+
+
 def unproject(camera: Cameras, at: Float[Tensor, "*P 2"], z: Float[Tensor, "*P"]) -> Float[Tensor, "*P 3"]:
     """World points at depths z on the rays through places in the picture of one camera, in pixels."""
     K, pose = camera.K[0], camera.world_to_cam[0]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -176,17 +177,31 @@ def sh_basis(directions: Float[Tensor, "*B 3"], degree: int) -> Float[Tensor, "*
 
 def rotate_sh(sh: Float[Tensor, "N K 3"], rotation: Float[Tensor, "3 3"]) -> Float[Tensor, "N K 3"]:
     """Coefficients of the function turned by `rotation`: Y(d) . rotated = Y(rotation^T d) . sh for every direction d."""
-    degree = math.isqrt(sh.shape[1]) - 1
-    # Each band is closed under rotation, so its (2l+1)^2 matrix is the exact solution of a small over-determined system.
-    generator = torch.Generator().manual_seed(0)
-    d = torch.nn.functional.normalize(torch.randn(64, 3, generator=generator, dtype=torch.float64), dim=-1)
-    after, before = sh_basis(d, degree), sh_basis(d @ rotation.detach().cpu().double(), degree)
-    out = sh.clone()
-    for band in range(1, degree + 1):
-        k = slice(band * band, (band + 1) ** 2)
-        matrix = torch.linalg.lstsq(after[:, k], before[:, k]).solution.to(sh)
-        out[:, k] = torch.einsum("ij,njc->nic", matrix, sh[:, k])
+    degree, matrix = math.isqrt(sh.shape[1]) - 1, sh_rotation(rotation, math.isqrt(sh.shape[1]) - 1).to(sh)
+    return torch.cat([torch.einsum("ij,njc->nic", matrix[k, k], sh[:, k]) for k in _bands(degree)], dim=1)
+
+
+def sh_rotation(rotation: Float[Tensor, "*B 3 3"], degree: int) -> Float[Tensor, "*B K K"]:
+    """The matrices by which rotations turn coefficients up to `degree`, in float64; not differentiable."""
+    directions, fits = _sh_fits(degree, rotation.device)
+    before = sh_basis(directions @ rotation.detach().double(), degree)
+    out = before.new_zeros(*rotation.shape[:-2], before.shape[-1], before.shape[-1])
+    for k, fit in zip(_bands(degree), fits):
+        out[..., k, k] = fit @ before[..., k]
     return out
+
+
+def _bands(degree: int) -> list[slice]:
+    return [slice(band * band, (band + 1) ** 2) for band in range(degree + 1)]
+
+
+@functools.lru_cache(16)
+def _sh_fits(degree: int, device: torch.device) -> tuple[Float[Tensor, "D 3"], list[Tensor]]:
+    """Directions, and for each band what takes the values of a function there to its coefficients: a band is closed under rotation, so that the fit is exact."""
+    directions = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    directions = torch.nn.functional.normalize(directions, dim=-1)
+    values = sh_basis(directions, degree)
+    return directions.to(device), [torch.linalg.pinv(values[:, k]).to(device) for k in _bands(degree)]
 
 
 def unit_quats(quats: Float[Tensor, "N 4"]) -> Float[Tensor, "N 4"]:
@@ -212,19 +227,15 @@ def quat_multiply(a: Float[Tensor, "*A 4"], b: Float[Tensor, "*B 4"]) -> Float[T
                         aw * by - ax * bz + ay * bw + az * bx, aw * bz + ax * by - ay * bx + az * bw], dim=-1)
 
 
-def quat_from_matrix(rotation: Float[Tensor, "3 3"]) -> Float[Tensor, " 4"]:
-    """The unit quaternion (wxyz, w >= 0) of one rotation matrix."""
-    r = rotation
-    # The largest of the four squared components is far from zero, so dividing by it is safe (Shepperd 1978).
-    four_squares = torch.stack([1 + r[0, 0] + r[1, 1] + r[2, 2], 1 + r[0, 0] - r[1, 1] - r[2, 2],
-                                1 - r[0, 0] + r[1, 1] - r[2, 2], 1 - r[0, 0] - r[1, 1] + r[2, 2]])
-    rows = torch.stack([
-        torch.stack([four_squares[0], r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1]]),
-        torch.stack([r[2, 1] - r[1, 2], four_squares[1], r[1, 0] + r[0, 1], r[0, 2] + r[2, 0]]),
-        torch.stack([r[0, 2] - r[2, 0], r[1, 0] + r[0, 1], four_squares[2], r[2, 1] + r[1, 2]]),
-        torch.stack([r[1, 0] - r[0, 1], r[0, 2] + r[2, 0], r[2, 1] + r[1, 2], four_squares[3]])])
-    q = torch.nn.functional.normalize(rows[int(four_squares.argmax())], dim=0)
-    return q if q[0] >= 0 else -q
+def quat_from_matrix(rotation: Float[Tensor, "*B 3 3"]) -> Float[Tensor, "*B 4"]:
+    """The unit quaternions (wxyz, w >= 0) of rotation matrices."""
+    (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in rotation.unbind(-2))
+    # Rows are the quaternion times four times one of its components. The largest of those is far from zero, so dividing by it is safe (Shepperd 1978).
+    rows = torch.stack([torch.stack(row, dim=-1) for row in ((1 + a + e + i, h - f, c - g, d - b), (h - f, 1 + a - e - i, d + b, c + g),
+                                                             (c - g, d + b, 1 - a + e - i, h + f), (d - b, c + g, h + f, 1 - a - e + i))], dim=-2)
+    best = rows.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None].expand(*rows.shape[:-2], 1, 4)
+    q = torch.nn.functional.normalize(rows.gather(-2, best)[..., 0, :], dim=-1)
+    return torch.where(q[..., :1] >= 0, q, -q)
 
 
 def _identity_where_zero(quats: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from splatkit.lift.adapter import pixel_rays, sh_to_world
+from splatkit.lift.adapter import sh_to_world
+from splatkit.lift.rays import pixel_rays
 from splatkit.lift.model import MVSplat
 from splatkit.scene import rotation_matrices, sh_basis
 

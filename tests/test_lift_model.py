@@ -5,15 +5,19 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from lifting import SMALL
 
 from splatkit.camera import Cameras
 from splatkit.errors import BadConfig
 from splatkit.lift.backbone import attend_in_blocks, attend_misaligned, cuts
 from splatkit.lift.config import CONFIGS, MVSplatConfig
+from splatkit.lift import model as module, sweep
+from splatkit.lift.data import Sample
+from splatkit.lift.losses import losses
 from splatkit.lift.model import MVSplat
-from splatkit.lift import sweep
 from splatkit.lift.sweep import _grid, _homographies, correlate, depth_planes
+from splatkit.lift.train_config import LiftLosses
 from splatkit.raster import render
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -215,3 +219,33 @@ def test_what_cannot_be_lifted_is_refused_in_one_line(model, given, said):
 def test_a_configuration_that_no_network_can_have_is_refused(values, said):
     with pytest.raises(BadConfig, match=said):
         MVSplatConfig(**values)
+
+
+class Elsewhere(TorchDispatchMode):
+    """Collects the operations that a tensor of the CPU takes part in."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in (*args, *(out if isinstance(out, (tuple, list)) else [out]))):
+            self.found.append(operation)
+        return out
+
+
+def test_a_step_on_another_device_makes_nothing_on_the_cpu_so_that_a_graph_can_capture_it(model, monkeypatch):
+    monkeypatch.setitem(sweep.AT_ONCE, "meta", 1 << 25)
+    monkeypatch.setattr(module, "_check", lambda *a: None)      # looks at values, as it does on a CPU alone
+    images, K, world_to_cam, _, far = (x.to("meta") for x in views(3))
+    sample, there = Sample(images, K, world_to_cam, images[:, :, 0], far[:, 0]), copy.deepcopy(model).to("meta")
+
+    def step():
+        found = there(images[:, :2], K[:, :2], world_to_cam[:, :2], far[:, :2], far[:, :2])
+        sum(losses(found, sample, 2, LiftLosses(mse=0, depth=1, warp=1, agreement=1)).values()).backward()
+    with Elsewhere() as first:
+        step()      # constants are made once
+    with Elsewhere() as second:
+        step()
+    assert first.found and not second.found

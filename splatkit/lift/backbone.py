@@ -6,6 +6,7 @@ the picture into. Attention over those blocks needs neither a roll nor a mask, w
 """
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise, product
 
@@ -48,9 +49,15 @@ class CNN(nn.Module):
         self.conv2 = nn.Conv2d(c, config.feature_dim, 1)
 
     def forward(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N C h w"]:
-        mean, std = images.new_tensor(IMAGENET_MEAN)[:, None, None], images.new_tensor(IMAGENET_STD)[:, None, None]
+        mean, std = _imagenet(images.dtype, images.device)
         x = F.relu(F.instance_norm(self.conv1((images - mean) / std)), inplace=True)
         return self.conv2(self.layer3(self.layer2(self.layer1(x))))
+
+
+@functools.lru_cache(16)
+def _imagenet(dtype: torch.dtype, device: torch.device) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
+    """Mean and standard deviation of photos."""
+    return tuple(torch.tensor(x, dtype=dtype, device=device)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 class Residual(nn.Module):
@@ -75,7 +82,7 @@ class MultiViewTransformer(nn.Module):
     def forward(self, features: Float[Tensor, "B V C h w"], official: bool = False) -> Float[Tensor, "B V C h w"]:
         """`official` misplaces the shifted windows' mask between three and more views, as the published code does."""
         v, c, h, w = features.shape[1:]
-        position = window_position_code(c, h // 2, w // 2).to(features).repeat(1, 2, 2)
+        position = window_position_code(c, h // 2, w // 2, features.device).to(features.dtype).repeat(1, 2, 2)
         x = (features + position).permute(0, 1, 3, 4, 2).contiguous()
         for number, block in enumerate(self.layers):
             x = block(x, shifted=number % 2 == 1, misaligned=official and v > 2)
@@ -96,8 +103,8 @@ class Block(nn.Module):
         else:
             attend_others = attend_in_blocks
         own = self.self_attn(x, x, lambda q, k, v: attend_in_blocks(q, k[:, :, None], v[:, :, None], shifted))
-        others = torch.tensor([[j for j in range(n_views) if j != i] for i in range(n_views)], device=x.device)
-        return self.cross_attn_ffn(own, x, lambda q, k, v: attend_others(q, k[:, others], v[:, others], shifted))
+        others = lambda y: torch.stack([torch.cat([y[:, :i], y[:, i + 1:]], dim=1) for i in range(n_views)], dim=1)
+        return self.cross_attn_ffn(own, x, lambda q, k, v: attend_others(q, others(k), others(v), shifted))
 
 
 class Attention(nn.Module):
@@ -119,12 +126,12 @@ class Attention(nn.Module):
         return source + message
 
 
-def window_position_code(channels: int, height: int, width: int) -> Float[Tensor, "C h w"]:
+def window_position_code(channels: int, height: int, width: int, device: torch.device | None = None) -> Float[Tensor, "C h w"]:
     """Sines and cosines of the place in a window, from above 0 to 2 pi along each side: y in the first half of the channels, x in the second."""
     half = channels // 2
-    frequency = 10000.0 ** (-2 * (torch.arange(half) // 2) / half)
+    frequency = 10000.0 ** (-2 * (torch.arange(half, device=device) // 2) / half)
     def code(n: int) -> Tensor:
-        angle = (torch.arange(1, n + 1) / (n + 1e-6) * 2 * math.pi)[:, None] * frequency
+        angle = (torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * math.pi)[:, None] * frequency
         return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1).T
     return torch.cat([code(height)[:, :, None].expand(-1, -1, width), code(width)[:, None, :].expand(-1, height, -1)])
 

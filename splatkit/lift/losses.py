@@ -7,12 +7,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .. import lpips
-from ..camera import Cameras
+from ..camera import Cameras, relative_pose
 from ..metrics import ssim_map
 from ..raster import render
-from .adapter import pixel_rays
 from .data import Sample
 from .model import Lifted
+from .rays import pixel_rays
 from .train_config import LiftLosses
 
 SSIM_SHARE = 0.85       # of the photometric error; L1 has the rest (Godard et al. 2019, section 3.1)
@@ -66,11 +66,11 @@ def warped(views: Sample, depth: Float[Tensor, "B V H W"], here: int, there: int
     it has itself in these places, and which places lie in it. Differentiable in both depths."""
     height, width = depth.shape[-2:]
     points = pixel_rays(views.K[:, here], height, width) * depth[:, here, ..., None]
-    relative = views.world_to_cam[:, there] @ torch.linalg.inv(views.world_to_cam[:, here])
+    relative = relative_pose(views.world_to_cam[:, here], views.world_to_cam[:, there])
     local = torch.einsum("bij,bhwj->bhwi", relative[:, :3, :3], points) + relative[:, None, None, :3, 3]
     z = local[..., 2].clamp(min=1e-3)
-    focal, centre = views.K[:, there][:, [0, 1], [0, 1]], views.K[:, there][:, :2, 2]
-    place = (local[..., :2] / z[..., None] * focal[:, None, None] + centre[:, None, None]) / depth.new_tensor([width, height]) * 2 - 1      # of pixel centres at halves
+    x, y, _ = torch.einsum("bij,bhwj->bhwi", views.K[:, there], local / z[..., None]).unbind(-1)
+    place = torch.stack([2 * x / width - 1, 2 * y / height - 1], dim=-1)      # -1 and 1 at the outer edges
     inside = (place.abs() < 1).all(-1) & (local[..., 2] > 1e-3)
     sampled = lambda x: F.grid_sample(x, place.clamp(-2, 2), mode="bilinear", padding_mode="border", align_corners=False)
     return sampled(views.images[:, there]), z, sampled(depth[:, there, None])[:, 0], inside

@@ -12,6 +12,7 @@ from .adapter import camera_depth, to_scenes
 from .backbone import Backbone
 from .config import MVSplatConfig
 from .predictor import DepthPredictor
+from .rays import at_quarter
 
 MULTIPLE = 16       # of which height and width must be one
 SIDE_MIN = 32
@@ -49,8 +50,7 @@ class MVSplat(nn.Module):
         _check(images, K, world_to_cam, near, far)
         local, features = self.backbone(images, official)
         found = self.depth_predictor(images, local, features, K, world_to_cam, near, far, official)
-        quarter = K * K.new_tensor([0.25, 0.25, 1])[:, None]
-        return Lifted(camera_depth(found.inverse_depth, K, self.config.unit_rays), camera_depth(found.coarse_inverse_depth, quarter, self.config.unit_rays),
+        return Lifted(camera_depth(found.inverse_depth, K, self.config.unit_rays), camera_depth(found.coarse_inverse_depth, at_quarter(K), self.config.unit_rays),
                       found.confidence, to_scenes(found, K, world_to_cam, self.config, official))
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .config import MVSplatConfig
+from .rays import at_quarter
 from .sweep import correlate, depth_planes
 from .unet import GROUPS, UNet
 
@@ -51,8 +52,7 @@ class DepthPredictor(nn.Module):
         merged = lambda x: x.transpose(0, 1).flatten(0, 1)
         split = lambda x: x.unflatten(0, (v, b)).transpose(0, 1)
         planes = depth_planes(near, far, self.planes)
-        quarter = K * K.new_tensor([0.25, 0.25, 1])[:, None]
-        correlation = merged(correlate(features, quarter, world_to_cam, planes, official))
+        correlation = merged(correlate(features, at_quarter(K), world_to_cam, planes, official))
         coarse, peak = self._coarse(correlation, merged(features), merged(planes), v)
         disparity = F.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=True)
         confidence = F.interpolate(peak, scale_factor=4, mode="nearest")

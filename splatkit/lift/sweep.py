@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ..camera import relative_pose
+from .rays import pixel_grid, through
+
 Z_MIN = 1e-3
 AT_ONCE = {"cpu": 1, "cuda": 1 << 25}       # warped numbers that exist at a time, or one plane of them
 
 
 def depth_planes(near: Float[Tensor, "B V"], far: Float[Tensor, "B V"], count: int) -> Float[Tensor, "B V D"]:
     """1/depth of the candidates, from 1/far to 1/near in equal steps."""
-    return 1 / far[..., None] + (1 / near - 1 / far)[..., None] * torch.linspace(0, 1, count).to(near)
+    return 1 / far[..., None] + (1 / near - 1 / far)[..., None] * torch.linspace(0, 1, count, dtype=near.dtype, device=near.device)
 
 
 def correlate(features: Float[Tensor, "B V C h w"], K: Float[Tensor, "B V 3 3"], world_to_cam: Float[Tensor, "B V 4 4"],
@@ -28,13 +31,12 @@ def correlate(features: Float[Tensor, "B V C h w"], K: Float[Tensor, "B V 3 3"],
     that is warped to, into the others too.
     """
     n_views = features.shape[1]
-    cam_to_world = torch.linalg.inv(world_to_cam)
     out = []
     for i in range(n_views):
         total = features.new_zeros(())
         for j in range(n_views):
             if j != i:
-                relative = world_to_cam[:, j] @ cam_to_world[:, i]
+                relative = relative_pose(world_to_cam[:, i], world_to_cam[:, j])
                 total = total + _Sweep.apply(features[:, i], features[:, j], K[:, i], K[:, i if official else j], relative, planes[:, i])
         out.append(total / (n_views - 1))
     return torch.stack(out, dim=1)
@@ -78,9 +80,8 @@ def _parts(features: Tensor, planes: Tensor) -> list[slice]:
 
 def _homographies(K_here: Tensor, K_there: Tensor, relative: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
     """a [B, 3, h w] and b [B, 3, 1]: a pixel of 1/depth s here is at the homogeneous a / s + b there."""
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    pixels = torch.stack([x, y, torch.ones_like(x)]).flatten(1).to(K_here)
-    return K_there @ (relative[:, :3, :3] @ (torch.linalg.inv(K_here) @ pixels)), K_there @ relative[:, :3, 3:]
+    rays = through(K_here, pixel_grid(K_here, h, w)).flatten(1, 2).transpose(1, 2)
+    return K_there @ (relative[:, :3, :3] @ rays), K_there @ relative[:, :3, 3:]
 
 
 def _grid(ray: Tensor, shift: Tensor, inverse_depths: Float[Tensor, "B D"], h: int, w: int) -> Tensor:

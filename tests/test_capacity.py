@@ -80,11 +80,20 @@ def test_what_is_not_finite_and_what_is_too_many_is_said(draw):
     assert draw(2**31 - 5)[-1] == 2**31 - 1
 
 
-def test_a_graph_is_captured_with_the_room_of_before_or_refused(draw):
+def test_a_graph_is_captured_with_more_room_than_before_or_refused(draw):
     with pytest.raises(RuntimeError, match="once outside"):
         draw(100, capture=True)
     room = draw(100)
-    assert draw(100, capture=True) == room
+    assert draw(100, capture=True) == [operators.GRAPH_ROOM * room[0]]
+
+
+def test_a_graph_knows_by_how_much_pairs_go_beyond_its_room(draw):
+    room = operators.GRAPH_ROOM * draw(100)[0]
+    with operators.watched_pairs() as beyond:
+        draw(room - 7, capture=True)
+        draw(room + 7, capture=True)
+    draw(room, capture=True)
+    assert [int(x) for x in beyond] == [-7, 7]
 
 
 def test_as_many_are_sorted_as_the_last_pictures_showed_and_all_where_that_was_too_few(draw):

@@ -26,6 +26,7 @@ from ..io.reading import Report, silent
 from ..raster import device_for
 from ..reconstruct import check_same_settings, keep_lines
 from ..shard import Shard, exchange, joined, versions
+from .captured import Captured
 from .data import Sample, Source, collated, held_out, training
 from .losses import losses, targets_drawn, total
 from .model import Lifted, MVSplat
@@ -115,6 +116,14 @@ def _train(config: LiftTrain, shard: Shard, report: Callable[..., None], say: Re
         halve(state.model)
     model = DistributedDataParallel(state.model) if shard.world > 1 else state.model
     batches, parameters = _batches(source, config, state.step, shard), list(state.model.parameters())
+
+    def passes(sample: Sample) -> dict[str, Tensor]:
+        terms = losses(_lifted(model, sample, config.contexts), sample, config.contexts, config.loss, perceptual)
+        (total(terms, config.loss) / config.accumulate).backward()
+        return {name: x.detach() for name, x in terms.items()}
+
+    captured = device == "cuda" and shard.world == config.accumulate == 1
+    run_passes = Captured(passes, parameters) if captured else passes
     with (run / "metrics.jsonl" if shard.rank == 0 else Path(os.devnull)).open("a") as log:
         for step in range(state.step + 1, config.last + 1):
             for group in state.adam.param_groups:
@@ -125,15 +134,15 @@ def _train(config: LiftTrain, shard: Shard, report: Callable[..., None], say: Re
                     sample = next(batches).to(parameters[0])
                     last = i == config.accumulate - 1
                     with contextlib.nullcontext() if last or shard.world == 1 else model.no_sync():
-                        terms = losses(_lifted(model, sample, config.contexts), sample, config.contexts, config.loss, perceptual)
-                        (total(terms, config.loss) / config.accumulate).backward()
+                        terms = run_passes(sample)
                     for name, x in terms.items():
-                        sums[name] = sums.get(name, 0) + x.detach() / config.accumulate
+                        sums[name] = sums.get(name, 0) + x / config.accumulate
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)
             if shard.any([not bool(torch.isfinite(norm))])[0]:
                 raise Diverged(f"{run}: the gradient of step {step} is not finite; the last checkpoint is as it was: lower --lr and go on with --resume, or start anew")
             state.adam.step()
-            state.adam.zero_grad(set_to_none=True)
+            if not captured:
+                state.adam.zero_grad(set_to_none=True)
             state.step = step
             if step % LOG_EVERY == 0 or step == config.last or (held and step % config.hold_every == 0):
                 numbers = {name: float(x) for name, x in _averaged(sums, shard).items()}

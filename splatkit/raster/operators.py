@@ -3,9 +3,11 @@
 On a card nothing waits for the blend: the pairs of the last pictures say how many the next may need (`_room`), and the count that
 projection leaves is read while the blend already runs. Where it was too small, the blend is done again.
 """
+import contextlib
 import functools
 import math
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +126,25 @@ class _Landing(threading.local):
 
 
 _landing = _Landing()
+GRAPH_ROOM = 2      # a graph is replayed for other pictures than it was captured with
+
+
+class _Captured(threading.local):
+    most: list[Tensor] | None = None
+
+
+_captured = _Captured()
+
+
+@contextlib.contextmanager
+def watched_pairs() -> Iterator[list[Tensor]]:
+    """For every picture that a CUDA graph captures meanwhile a number on the card, by how much its pairs go beyond the room that the graph has: above 0 it was drawn
+    without some of them, and must be captured anew after it was drawn outside."""
+    _captured.most = []
+    try:
+        yield _captured.most
+    finally:
+        _captured.most = None
 
 
 def _room_for(known: int, needed: int, most: int) -> int:
@@ -140,7 +161,10 @@ def _projected(fields: tuple[Tensor, ...], world_to_cam: Tensor, K: Tensor, rows
     if on_card and torch.cuda.is_current_stream_capturing():
         if key not in _room:
             raise RuntimeError("a CUDA graph can be captured only after a picture of this size was drawn once outside of one")
-        blend(projected := draw(), _room[key][1])
+        pairs = GRAPH_ROOM * _room[key][1]
+        blend(projected := draw(), pairs)
+        if _captured.most is not None:
+            _captured.most.append(projected[4][:, 1].sum() - pairs)
         return projected
     visible, pairs = _room.get(key, (N, 0)) if on_card else (N, 0)
     visible = visible if N >= SORTED_WHOLE else N

@@ -78,8 +78,7 @@ def held_out(config: LiftTrain, say: Report) -> Source | None:
 
 def room_sample(config: LiftTrain, first: int, number: int, augment: bool | None = None) -> Sample:
     """A room's cameras that are close to each other."""
-    seed = first + (int(_order(config, number // config.rooms)[number % config.rooms]) if config.rooms else number)
-    images, depth, cameras = _room(config, seed)
+    images, depth, cameras = _room(config, first + (_used_again(config, number) if config.rooms else number))
     near, far = float(depth.min()) / 1.05, float(depth.max()) * 1.05
     if config.augment if augment is None else augment:
         rng = np.random.default_rng([first, number])
@@ -88,9 +87,10 @@ def room_sample(config: LiftTrain, first: int, number: int, augment: bool | None
     return _normalised(images, cameras.K, cameras.world_to_cam, depth, near, far)
 
 
-@functools.lru_cache(2)
-def _order(config: LiftTrain, round_: int) -> np.ndarray:
-    return np.random.default_rng([config.seed, 5, round_]).permutation(config.rooms)
+def _used_again(config: LiftTrain, number: int) -> int:
+    """Which of config.rooms a sample is of: any of a quarter of them at first, and of all from three quarters of the schedule on, so that they can be cast meanwhile."""
+    share = number / (config.steps * config.batch * config.accumulate)
+    return int(np.random.default_rng([config.seed, 5, number]).integers(math.ceil(config.rooms * min(1, 0.25 + share))))
 
 
 def _room(config: LiftTrain, seed: int) -> tuple[Float[Tensor, "N 3 H W"], Float[Tensor, "N H W"], Cameras]:

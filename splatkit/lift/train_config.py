@@ -71,7 +71,7 @@ class LiftTrain:
     far: float = 0.0
     """Farthest; 0: likewise, 100 for chunks."""
     rooms: int = 0
-    """How many different rooms there are, each used again and again; 0: no end of them."""
+    """How many different rooms there are, each used again and again: a quarter of them at first, all from three quarters of the schedule on; 0: no end of them."""
     cache: Path | None = None
     """Folder that keeps what was seen of each room, so that it is cast once only; runs may share it."""
     augment: bool = True

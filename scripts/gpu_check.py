@@ -21,7 +21,7 @@ from gpu_bench import GROUPS, ROOT, Ours, Theirs, clock, dense, file_of, peak_by
 
 from splatkit import native
 from splatkit.camera import Cameras
-from splatkit.raster import RasterSettings, RasterStats, render
+from splatkit.raster import RasterSettings, RasterStats, operators, render
 from splatkit.scene import Scene
 
 
@@ -283,6 +283,27 @@ def kernels(b: Bench) -> dict:
     return result
 
 
+def graphs(b: Bench) -> dict:
+    """Milliseconds of a training step, launch by launch and replayed as a CUDA graph of one view, which takes the host's share away and most gaps between kernels."""
+    width, height = (96, 64) if b.dry else (1920, 1080)
+    scene, views = dense(b.data, b.size(1_000_000), width, height)
+    result = {}
+    for name, sparse in (("dense", False), ("selective", True)):
+        ours = Ours(scene, views[:1], b.device, [torch.rand(height, width, 3, device=b.device)])
+        tasks = {"launches": lambda o=ours, s=sparse: o.step(s)}
+        if b.device == "cuda":
+            for _ in range(3):
+                ours.step(sparse)
+            torch.cuda.synchronize()
+            operators.GRAPH_ROOM, room = 1, operators.GRAPH_ROOM      # as many pairs are sorted as without the graph
+            with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+                ours.step(sparse)
+            operators.GRAPH_ROOM, tasks["graph"] = room, graph.replay
+        result[name] = clock(tasks, b.rounds, b.repeats, b.device)
+        print(f"graphs, {name}: " + ", ".join(f"{k} {x['ms']:.3f} ms +-{x['spread']:.1%}" for k, x in result[name].items()), flush=True)
+    return result
+
+
 def ceilings(b: Bench) -> dict:
     """What the card does at most: multiply-adds in registers and bytes copied."""
     peak = native.library_of(torch.zeros(1, device=b.device)).sk_fma_peak(1, 0.02)
@@ -292,7 +313,7 @@ def ceilings(b: Bench) -> dict:
     return {"FMA GFLOP/s": peak, "copy GB/s": 2 * x.numel() / ms / 1e6}
 
 
-PARTS = {f.__name__: f for f in (ceilings, parity, orders, traps, determinism, sanitizers, speed, features, kernels, memory)}
+PARTS = {f.__name__: f for f in (ceilings, parity, orders, traps, determinism, sanitizers, speed, features, kernels, graphs, memory)}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 from splatkit.rooms import write_capture
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {"ceilings", "parity", "orders", "traps", "determinism", "sanitizers", "speed", "features", "kernels", "memory"}
+PARTS = {"ceilings", "parity", "orders", "traps", "determinism", "sanitizers", "speed", "features", "kernels", "graphs", "memory"}
 
 
 def run(*arguments, script="gpu_check.py") -> subprocess.CompletedProcess:

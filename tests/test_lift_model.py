@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from lifting import SMALL
 
 from splatkit.camera import Cameras
@@ -230,7 +231,8 @@ class Elsewhere(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
-        if any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in (*args, *(out if isinstance(out, (tuple, list)) else [out]))):
+        by_list = operation is torch.ops.aten.index.Tensor      # whose list was copied to the device before this could see it
+        if by_list or any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in tree_leaves((args, out))):
             self.found.append(operation)
         return out
 

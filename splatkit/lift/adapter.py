@@ -40,7 +40,7 @@ def to_scenes(prediction: Prediction, K: Float[Tensor, "B V 3 3"], world_to_cam:
     log_scales = ((smallest + (largest - smallest) * scale.sigmoid()) * depth * pixel).log()
     turn = world_to_cam[..., :3, :3].transpose(-1, -2)
     means = torch.einsum("bvij,bvhwj->bvhwi", turn, points - world_to_cam[..., None, None, :3, 3])
-    quats = quat_multiply(quat_from_matrix(turn)[:, :, None, None], quat[..., [3, 0, 1, 2]])
+    quats = quat_multiply(quat_from_matrix(turn)[:, :, None, None], quat.roll(1, -1))
     coefficients = sh.unflatten(-1, (3, -1)).transpose(-1, -2)[..., :(DRAWN_DEGREE + 1) ** 2, :]
     degree = math.isqrt(coefficients.shape[-2]) - 1
     damped = coefficients * sh_damping(degree, sh.device)[:, None]

@@ -68,7 +68,7 @@ class Training:
         model = (MVSplat(config.network) if config.weights is None else load_weights(config.weights, config=config.network)[0]).to(device)
         decayed, free = ([p for p in model.parameters() if (p.ndim > 1) == which] for which in (True, False))
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-        return Training(model, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99)), config.begin)
+        return Training(model, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), fused=device == "cuda"), config.begin)
 
     def save(self, folder: Path, values: dict) -> None:
         """Weights and moments as one vector each, so that a save is few operations."""
@@ -87,7 +87,8 @@ class Training:
         for i, p in enumerate(parameters):
             p.data.copy_(parts["weights"][i].view_as(p))
             moments = {name: parts[name][i].view_as(p).to(p.device, copy=True) for name in ("exp_avg", "exp_avg_sq")}
-            self.adam.state[p] = {"step": torch.tensor(float(saved.values["updates"])), **moments}
+            count = torch.tensor(float(saved.values["updates"]), device=p.device if self.adam.defaults["fused"] else None)
+            self.adam.state[p] = {"step": count, **moments}
         self.step = saved.step
 
 

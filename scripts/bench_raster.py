@@ -100,7 +100,7 @@ class Workload:
     def loss_and_optimiser(self, lib):
         lib.sk_l1_ssim(self.head[2], self.head[3], self.color[0], self.target, None, 0.2, self.terms, self.v_image, None, 0, None)
         for x, g, (m, v, rate) in zip(self.fields, self.grads, self.moments):
-            lib.sk_adam(len(x), rate.numel(), x, g, m, v, rate, 0.9, 0.999, 1e-15, 1000, None, None, 0, 0.0, 0.0, None)
+            lib.sk_adam(len(x), rate.numel(), x, g, m, v, rate, 0.9, 0.999, 1e-15, 1000, None, None, None, 0, 0.0, 0.0, None)
 
 
 def minimum(tasks: dict, rounds: int) -> dict:

@@ -1,6 +1,7 @@
 """Adam and AdamW-GS on a scene: the one place that writes scene tensors in place, with state that follows the edits of density."""
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ class Adam:
         for group in self.m.keys() & grads.keys():
             decay, ceiling = self._decay(group, pixels)
             adam_(fields[group], grads[group], self.m[group], self.v[group], rates[group], self.betas, self.eps, steps, visible,
-                  (_ATTRIBUTES[group], decay, ceiling) if decay else None)
+                  (_ATTRIBUTES[group], decay, ceiling) if decay else None, self.steps_taken)
         self._finish(scene, displacement)
 
     @torch.no_grad()
@@ -135,13 +136,13 @@ class Adam:
         library, visible, camera = native.library_of(scene.means), (picture.radii_px > 0) if sparse else None, picture.camera
         fields, rates = self._begin(scene, {}, visible, camera.width * camera.height, learning_rates)
         groups = ("means", "quats", "log_scales", "logit_opacities", "sh")
-        each = torch.stack(_corrections(self.row_steps, self.betas), dim=1).to(scene.means) if self._even is None else None
+        table, row_steps = (None, None) if self._even is not None else (_correction_table(self.steps_taken, self.betas, scene.means), self.row_steps)
         opacity, ceiling = self._decay("logit_opacities", camera.width * camera.height)
         library.sk_project_vjp_adam(
             len(scene), camera.width, camera.height, picture.sh_degree, scene.sh.shape[1], picture.settings, *[fields[g] for g in groups], camera.world_to_cam.contiguous(),
             camera.K.contiguous(), picture.radii_px, v_splats, *[self.m.get(g) for g in groups], *[self.v.get(g) for g in groups],
             torch.cat([rates[g] if g in rates else fields[g].new_zeros(fields[g].shape[1:].numel()) for g in groups]), *self.betas, self.eps,
-            1 if self._even is None else self._even, each, int(sparse), opacity, self._decay("log_scales", camera.width * camera.height)[0], ceiling,
+            1 if self._even is None else self._even, table, row_steps, int(sparse), opacity, self._decay("log_scales", camera.width * camera.height)[0], ceiling,
             pulls.get("logit_opacities", 0.0), pulls.get("log_scales", 0.0), *library.room("PROJECT_VJP"))
         torch.autograd.graph.increment_version([x for g in groups if g in self.m for x in (fields[g], self.m[g], self.v[g])])
         self._finish(scene, displacement)
@@ -213,6 +214,8 @@ class Adam:
             if x.dtype != mine[name].dtype or x.shape != mine[name].shape:
                 raise ValueError(f"optimiser state {name} is {x.dtype} {tuple(x.shape)}; "
                                  f"expected {mine[name].dtype} {tuple(mine[name].shape)}")
+        if len(self.row_steps) and not 0 <= int(state["row_steps"].min()) <= int(state["row_steps"].max()) <= int(state["steps_taken"]):
+            raise ValueError(f"optimiser state row_steps reaches from {int(state['row_steps'].min())} to {int(state['row_steps'].max())}; expected 0 to steps_taken, {int(state['steps_taken'])}")
         self.steps_taken = int(state["steps_taken"])
         self.row_steps.copy_(state["row_steps"])
         first = int(self.row_steps[0]) if len(self.row_steps) else 0
@@ -228,15 +231,16 @@ Decay = tuple[str, float, float]        # "opacity" or "scale", strength over pi
 
 
 def adam_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Float[Tensor, " columns"], betas: tuple[float, float], eps: float,
-          steps: int | Int[Tensor, " N"], visible: Bool[Tensor, " N"] | None = None, decay: Decay | None = None) -> None:
-    """One Adam step in place on param, m, v [N, ...]; `steps` counts from 1, for all rows or for each. Native where there is a
-    library for the tensors; on a card it reads 16 bytes at a time, so rows cut out of a tensor may fall to torch."""
+          steps: int | Int[Tensor, " N"], visible: Bool[Tensor, " N"] | None = None, decay: Decay | None = None, most: int | None = None) -> None:
+    """One Adam step in place on param, m, v [N, ...]; `steps` counts from 1, for all rows or for each, none of which has taken more than `most` (None: is looked up,
+    for which a card is waited for). Native where there is a library for the tensors; on a card it reads 16 bytes at a time, so rows cut out of a tensor may fall to torch."""
     library = native.library_for(param)
     if library is None or not param.is_contiguous() or (param.is_cuda and any(x.data_ptr() % 16 for x in (param, grad, m, v))):
         return adam_reference_(param, grad, m, v, rates, betas, eps, steps, visible, decay)
     attribute, strength, ceiling = decay or ("plain", 0.0, 0.0)
-    each = torch.stack(_corrections(steps, betas), dim=1).to(param) if isinstance(steps, Tensor) else None
-    library.sk_adam(param.shape[0], rates.numel(), param, grad.contiguous(), m, v, rates, *betas, eps, 1 if each is not None else steps, each,
+    each = isinstance(steps, Tensor)
+    table = _correction_table(most if most is not None else int(steps.max()) if len(steps) else 0, betas, param) if each else None
+    library.sk_adam(param.shape[0], rates.numel(), param, grad.contiguous(), m, v, rates, *betas, eps, 1 if each else steps, table, steps.to(torch.int32) if each else None,
                     None if visible is None else visible.to(torch.int32), native.CONST[f"SK_{attribute.upper()}"], strength, ceiling, library.stream)
     torch.autograd.graph.increment_version((param, m, v))     # autograd cannot see a native write: a stale graph must fail, not mislead
 
@@ -267,6 +271,16 @@ def _corrections(steps: Int[Tensor, "*N"], betas: tuple[float, float]) -> tuple[
     """1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) in float64; rows that have taken no step, and so are not visible, get those of one."""
     t = steps.clamp(min=1).double()
     return 1 / (1 - betas[0] ** t), (1 - betas[1] ** t).rsqrt()
+
+
+def _correction_table(most: int, betas: tuple[float, float], like: Tensor) -> Float[Tensor, "T 2"]:
+    """Both corrections of 0 to `most` steps, and of some more."""
+    return _corrections_up_to(max(1024, 1 << most.bit_length()), betas, like.dtype, like.device)
+
+
+@functools.lru_cache(8)
+def _corrections_up_to(count: int, betas: tuple[float, float], dtype: torch.dtype, device: torch.device) -> Float[Tensor, "T 2"]:
+    return torch.stack(_corrections(torch.arange(count), betas), dim=1).to(device, dtype)
 
 
 def _per_column(rate: float | Tensor, field: Tensor, group: str) -> Float[Tensor, " columns"]:

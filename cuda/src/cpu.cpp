@@ -74,17 +74,17 @@ int32_t sk_l1_ssim(int32_t width, int32_t height, const real* image, const real*
   return guarded("sk_l1_ssim", [&] { return l1_ssim(width, height, image, target, mask, ssim_weight, terms, v_image), SK_OK; });
 }
 
-int32_t sk_adam(int64_t n, int32_t columns, real* param, const real* grad, real* m, real* v, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const real* corrections, const int32_t* visible, int32_t attribute, double decay, double decay_max, void*) {
+int32_t sk_adam(int64_t n, int32_t columns, real* param, const real* grad, real* m, real* v, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const real* corrections, const int32_t* row_steps, const int32_t* visible, int32_t attribute, double decay, double decay_max, void*) {
   return guarded("sk_adam", [&] {
     double correct1, correct2;
     bias_corrections(beta1, beta2, step, correct1, correct2);
     const AdamStep<real> s = {(real)beta1, (real)beta2, (real)(1 - beta1), (real)(1 - beta2), (real)epsilon, (real)decay, (real)decay_max};
-    adam_rows(n, columns, param, grad, m, v, learning_rates, s, attribute, (real)correct1, (real)correct2, corrections, visible);
+    adam_rows(n, columns, param, grad, m, v, learning_rates, s, attribute, (real)correct1, (real)correct2, corrections, row_steps, visible);
     return SK_OK;
   });
 }
 
-int32_t sk_project_vjp_adam(int64_t n, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, real* means, real* quats, real* log_scales, real* logit_opacities, real* sh, const real* world_to_cam, const real* K, const real* radii, real* v_splats, real* m_means, real* m_quats, real* m_log_scales, real* m_logit_opacities, real* m_sh, real* v_means, real* v_quats, real* v_log_scales, real* v_logit_opacities, real* v_sh, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const real* corrections, int32_t sparse, double opacity_decay, double scale_decay, double decay_max, double opacity_pull, double scale_pull, int64_t*, int64_t, void*) {
+int32_t sk_project_vjp_adam(int64_t n, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, real* means, real* quats, real* log_scales, real* logit_opacities, real* sh, const real* world_to_cam, const real* K, const real* radii, real* v_splats, real* m_means, real* m_quats, real* m_log_scales, real* m_logit_opacities, real* m_sh, real* v_means, real* v_quats, real* v_log_scales, real* v_logit_opacities, real* v_sh, const real* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const real* corrections, const int32_t* row_steps, int32_t sparse, double opacity_decay, double scale_decay, double decay_max, double opacity_pull, double scale_pull, int64_t*, int64_t, void*) {
   return guarded("sk_project_vjp_adam", [&] {   // here the gradients do take memory: what this saves is a card's
     const int columns[] = {3, 4, 3, 1, 3 * sh_bands}, attributes[] = {SK_PLAIN, SK_PLAIN, SK_SCALE, SK_OPACITY, SK_PLAIN};
     real *const params[] = {means, quats, log_scales, logit_opacities, sh}, *const m[] = {m_means, m_quats, m_log_scales, m_logit_opacities, m_sh}, *const v[] = {v_means, v_quats, v_log_scales, v_logit_opacities, v_sh};
@@ -100,7 +100,7 @@ int32_t sk_project_vjp_adam(int64_t n, int32_t width, int32_t height, int32_t sh
     for (int g = 0; g < 5; g++) {
       const double decay = attributes[g] == SK_SCALE ? scale_decay : attributes[g] == SK_OPACITY ? opacity_decay : 0;
       const AdamStep<real> s = {(real)beta1, (real)beta2, (real)(1 - beta1), (real)(1 - beta2), (real)epsilon, (real)decay, (real)decay_max};
-      if (m[g]) adam_rows(n, columns[g], params[g], grads[g].data(), m[g], v[g], learning_rates, s, decay != 0 ? attributes[g] : SK_PLAIN, (real)correct1, (real)correct2, corrections, sparse ? visible.data() : nullptr);
+      if (m[g]) adam_rows(n, columns[g], params[g], grads[g].data(), m[g], v[g], learning_rates, s, decay != 0 ? attributes[g] : SK_PLAIN, (real)correct1, (real)correct2, corrections, row_steps, sparse ? visible.data() : nullptr);
       learning_rates += columns[g];
     }
     return (int32_t)SK_OK;

@@ -164,7 +164,7 @@ template <int attribute> void adam_evenly(int64_t n, int columns, real* param, c
 }
 
 // Rows with corrections of their own, some of them left untouched: visible ones are gathered, W numbers at a time.
-template <int attribute> void adam_row_by_row(int64_t n, int columns, real* param, const real* grad, real* m, real* v, const real* rates, const AdamStep<real>& step, real correct1, real correct2, const real* corrections, const int32_t* visible) {
+template <int attribute> void adam_row_by_row(int64_t n, int columns, real* param, const real* grad, real* m, real* v, const real* rates, const AdamStep<real>& step, real correct1, real correct2, const real* corrections, const int32_t* row_steps, const int32_t* visible) {
   const int64_t rows_per_task = 16384 / columns + 1;
   parallel((n + rows_per_task - 1) / rows_per_task, [&](int64_t task, int) {
     const int64_t first = task * rows_per_task, last = first + rows_per_task < n ? first + rows_per_task : n;
@@ -182,7 +182,8 @@ template <int attribute> void adam_row_by_row(int64_t n, int columns, real* para
     };
     for (int64_t row = first; row < last; row++) {
       if (visible && !visible[row]) continue;
-      const real one = corrections ? corrections[2 * row] : correct1, two = corrections ? corrections[2 * row + 1] : correct2;
+      const real* own = row_steps ? corrections + 2 * row_steps[row] : nullptr;
+      const real one = own ? own[0] : correct1, two = own ? own[1] : correct2;
       int c = 0;
       for (; c + W <= columns; c += W) {
         const int64_t i = row * columns + c;
@@ -205,11 +206,11 @@ template <int attribute> void adam_row_by_row(int64_t n, int columns, real* para
 
 }  // namespace
 
-void adam_rows(int64_t n, int columns, real* param, const real* grad, real* m, real* v, const real* rates, const AdamStep<real>& step, int attribute, real correct1, real correct2, const real* corrections, const int32_t* visible) {
+void adam_rows(int64_t n, int columns, real* param, const real* grad, real* m, real* v, const real* rates, const AdamStep<real>& step, int attribute, real correct1, real correct2, const real* corrections, const int32_t* row_steps, const int32_t* visible) {
   auto run = [&](auto which) {
     constexpr int a = decltype(which)::value;
-    if (corrections || visible)
-      adam_row_by_row<a>(n, columns, param, grad, m, v, rates, step, correct1, correct2, corrections, visible);
+    if (row_steps || visible)
+      adam_row_by_row<a>(n, columns, param, grad, m, v, rates, step, correct1, correct2, corrections, row_steps, visible);
     else
       adam_evenly<a>(n, columns, param, grad, m, v, rates, step, correct1, correct2);
   };

@@ -260,20 +260,20 @@ int32_t sk_l1_ssim(int32_t width, int32_t height, const float* image, const floa
   });
 }
 
-int32_t sk_adam(int64_t n, int32_t columns, float* param, const float* grad, float* m, float* v, const float* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const float* corrections, const int32_t* visible, int32_t attribute, double decay, double decay_max, void* stream) {
+int32_t sk_adam(int64_t n, int32_t columns, float* param, const float* grad, float* m, float* v, const float* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const float* corrections, const int32_t* row_steps, const int32_t* visible, int32_t attribute, double decay, double decay_max, void* stream) {
   return guarded("sk_adam", [&] {
     double correct1, correct2;
     bias_corrections(beta1, beta2, step, correct1, correct2);
-    adam_rows({n, columns, attribute, param, grad, m, v, learning_rates, beta1, beta2, epsilon, decay, decay_max, correct1, correct2, corrections, visible}, (cudaStream_t)stream);
+    adam_rows({n, columns, attribute, param, grad, m, v, learning_rates, beta1, beta2, epsilon, decay, decay_max, correct1, correct2, corrections, row_steps, visible}, (cudaStream_t)stream);
   });
 }
 
-int32_t sk_project_vjp_adam(int64_t n, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, float* means, float* quats, float* log_scales, float* logit_opacities, float* sh, const float* world_to_cam, const float* K, const float* radii, float* v_splats, float* m_means, float* m_quats, float* m_log_scales, float* m_logit_opacities, float* m_sh, float* v_means, float* v_quats, float* v_log_scales, float* v_logit_opacities, float* v_sh, const float* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const float* corrections, int32_t sparse, double opacity_decay, double scale_decay, double decay_max, double opacity_pull, double scale_pull, int64_t*, int64_t, void* stream) {
+int32_t sk_project_vjp_adam(int64_t n, int32_t width, int32_t height, int32_t sh_degree, int32_t sh_bands, const double* settings, float* means, float* quats, float* log_scales, float* logit_opacities, float* sh, const float* world_to_cam, const float* K, const float* radii, float* v_splats, float* m_means, float* m_quats, float* m_log_scales, float* m_logit_opacities, float* m_sh, float* v_means, float* v_quats, float* v_log_scales, float* v_logit_opacities, float* v_sh, const float* learning_rates, double beta1, double beta2, double epsilon, int64_t step, const float* corrections, const int32_t* row_steps, int32_t sparse, double opacity_decay, double scale_decay, double decay_max, double opacity_pull, double scale_pull, int64_t*, int64_t, void* stream) {
   return guarded("sk_project_vjp_adam", [&] {
     const ProjectArgs a = {n, width, height, sh_degree, sh_bands, Settings(settings), cut_of<float>(settings), means, quats, log_scales, logit_opacities, sh, world_to_cam, K,
                            nullptr, nullptr, const_cast<float*>(radii), nullptr, nullptr, nullptr, nullptr, nullptr, v_splats};
     ProjectStep s = {{means, quats, log_scales, logit_opacities, sh}, {m_means, m_quats, m_log_scales, m_logit_opacities, m_sh}, {v_means, v_quats, v_log_scales, v_logit_opacities, v_sh},
-                     learning_rates, corrections, beta1, beta2, epsilon, 0, 0, opacity_decay, scale_decay, decay_max, (float)opacity_pull, (float)scale_pull, sparse != 0};
+                     learning_rates, corrections, row_steps, beta1, beta2, epsilon, 0, 0, opacity_decay, scale_decay, decay_max, (float)opacity_pull, (float)scale_pull, sparse != 0};
     bias_corrections(beta1, beta2, step, s.correct1, s.correct2);
     project_vjp_step(a, s, (cudaStream_t)stream);
   });

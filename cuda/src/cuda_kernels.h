@@ -34,6 +34,7 @@ struct ProjectGrads {
 struct ProjectStep {
   float *params[GROUPS], *m[GROUPS], *v[GROUPS];   // moments are null where a group is frozen
   const float *learning_rates, *corrections;
+  const int32_t* row_steps;
   double beta1, beta2, epsilon, correct1, correct2, opacity_decay, scale_decay, decay_max;
   float opacity_pull, scale_pull;
   bool sparse;
@@ -108,7 +109,7 @@ struct AdamArgs {
   const float* learning_rates;
   double beta1, beta2, epsilon, decay, decay_max, correct1, correct2;
   const float* corrections;
-  const int32_t* visible;
+  const int32_t *row_steps, *visible;
 };
 void adam_rows(const AdamArgs& a, cudaStream_t stream);
 void mcmc_noise_rows(int64_t n, float* means, const float* quats, const float* log_scales, const float* logits, const float* noise, float scale, cudaStream_t stream);

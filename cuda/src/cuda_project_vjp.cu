@@ -14,6 +14,7 @@ constexpr int STAGED = 60;   // numbers of a row; eight lanes that write four nu
 struct Staged {              // of one warp
   float rows[32][STAGED];
   bool drawn[32];
+  int32_t steps[32];         // that the rows have taken; set by TakeStep alone
 };
 
 template <int V> struct alignas(4 * V) Numbers {
@@ -23,6 +24,7 @@ template <int V> struct alignas(4 * V) Numbers {
 struct Write {
   ProjectGrads out;
   static constexpr bool stages_sh = true;
+  __device__ void begin(Staged&, int64_t, int64_t, int) const {}
   __device__ void row(float*, const ProjectArgs&, int64_t) const {}
   template <int GROUP_, int V> __device__ void piece(const Staged& s, int64_t first, int columns, int rows, int lane) const {
     float* to = out.groups[GROUP_];
@@ -43,6 +45,9 @@ struct Write {
 struct TakeStep {
   ProjectStep s;
   static constexpr bool stages_sh = false;
+  __device__ void begin(Staged& staged, int64_t row, int64_t n, int lane) const {
+    if (s.row_steps && row < n) staged.steps[lane] = s.row_steps[row];
+  }
   // Pulls beside the photometric gradient.
   __device__ void row(float* staged, const ProjectArgs& a, int64_t row) const {
     if (s.opacity_pull != 0) staged[PLACES[LOGITS]] += s.opacity_pull * slope<OPACITY>(a.logit_opacities[row]);
@@ -67,7 +72,8 @@ struct TakeStep {
         takes[r] = i < rows * columns && !(s.sparse && !staged.drawn[row]);
         if (!takes[r]) continue;
         x[r] = *(const Numbers<V>*)(params + i), mi[r] = *(const Numbers<V>*)(m + i), vi[r] = *(const Numbers<V>*)(v + i);
-        one[r] = s.corrections ? s.corrections[2 * (first + row)] : (float)s.correct1, two[r] = s.corrections ? s.corrections[2 * (first + row) + 1] : (float)s.correct2;
+        const float* own = s.row_steps ? s.corrections + 2 * staged.steps[row] : nullptr;
+        one[r] = own ? own[0] : (float)s.correct1, two[r] = own ? own[1] : (float)s.correct2;
       }
 #pragma unroll
       for (int r = 0; r < ROUNDS; r++) {
@@ -101,6 +107,7 @@ template <int DEGREE, bool POSE, class Use> __global__ void __launch_bounds__(VJ
   for (int i = 0; i < STAGED; i += 4) *(float4*)(mine + i) = make_float4(0, 0, 0, 0);
   const bool drawn = row < a.n && a.radii[row] > 0;
   staged.drawn[lane] = drawn;
+  use.begin(staged, row, a.n, lane);
   if (drawn) {
     const Record v = load_record(a.v_splats, row);
     const GaussianIn<float> g = load_gaussian(a, row);
@@ -179,6 +186,7 @@ template <int DEGREE> __global__ void __launch_bounds__(VJP_ROWS, 7) sh_step_ker
   float* mine = staged.rows[lane];
   const bool drawn = row < a.n && a.radii[row] > 0;
   staged.drawn[lane] = drawn;
+  use.begin(staged, row, a.n, lane);
   for (int i = 0; i < STAGED; i += 4) *(float4*)(mine + i) = make_float4(0, 0, 0, 0);
   if (drawn) {
     const Record v = load_record(a.v_splats, row);

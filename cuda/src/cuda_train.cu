@@ -15,7 +15,8 @@ template <int ATTRIBUTE, int V> __global__ void __launch_bounds__(ROWS) adam_ker
   const int column = (int)(i - row * a.columns);
   if (a.visible && !a.visible[row]) return;
   const AdamStep<float> s = {(float)a.beta1, (float)a.beta2, (float)(1 - a.beta1), (float)(1 - a.beta2), (float)a.epsilon, (float)a.decay, (float)a.decay_max};
-  const float one = a.corrections ? a.corrections[2 * row] : (float)a.correct1, two = a.corrections ? a.corrections[2 * row + 1] : (float)a.correct2;
+  const float* own = a.row_steps ? a.corrections + 2 * a.row_steps[row] : nullptr;
+  const float one = own ? own[0] : (float)a.correct1, two = own ? own[1] : (float)a.correct2;
   struct alignas(4 * V) Numbers {
     float x[V];
   };

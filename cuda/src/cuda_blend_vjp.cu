@@ -134,7 +134,7 @@ template <bool FULL_RECORD, bool FIXED> __global__ void __launch_bounds__(S::THR
       const float total = TransposedSum<N>::of(m, sub.lane);
       const int64_t row = first_row + kept.rows[i];
       if constexpr (FIXED) {
-        if (transposed.first) add_share(v, row, transposed.index, total);
+        if (transposed.first) add_share(v.sums + row * N, v.exponents + row * EXPONENTS, transposed.index, total);
       } else if (transposed.first) {
         if (field < SK_SPLAT)
           atomicAdd(v.v_splats + row * SK_SPLAT + field, total);
@@ -149,6 +149,11 @@ template <bool FULL_RECORD, bool FIXED> __global__ void __launch_bounds__(S::THR
 // The sums of h times 1, x, y, x^2, x y, y^2 over a sub-tile's 64 pixels are a product of matrices, sixteen Gaussians by 64 pixels by six monomials. Counted
 // from the sub-tile's middle the monomials are exact in tf32, and h is two tf32 numbers, so only h's last two bits are lost. 160 instructions a step become 110.
 constexpr int SIXTEEN = 16, SIDE = 8, PIXELS = SIDE * SIDE;
+struct alignas(16) Shares {                   // of one Gaussian, and where they go: in the place of its h
+  float share[SUMS];
+  int64_t first;                              // where the Gaussian's sums start; a pointer read from memory might be to shared memory, whose atomics differ
+  alignas(16) uint8_t exponents[EXPONENTS];
+};
 struct Moments {                              // of one warp; rows are Gaussians
   float h[SIXTEEN][PIXELS + 4];               // padded: the four pixels that eight rows read at once lie in 32 banks
   float sums[SIXTEEN][8], colour[SIXTEEN][4];
@@ -193,9 +198,12 @@ template <bool FIXED> __device__ void add_moments(const BlendVjpArgs& v, Moments
     const float hu = g.a * dx + g.b * dy, hv = g.c * dy;
     const float* colour = m.colour[lane];
     if constexpr (FIXED) {
-      const float shares[SUMS] = {m1, 2 * g.a * hu, 2 * (g.b * hu + g.c * hv), xx, xy, yy, colour[0], colour[1], colour[2]};
+      const float share[SUMS] = {m1, 2 * g.a * hu, 2 * (g.b * hu + g.c * hv), xx, xy, yy, colour[0], colour[1], colour[2]};
+      Shares& to = *(Shares*)m.h[lane];
 #pragma unroll
-      for (int j = 0; j < SUMS; j++) m.h[lane][j] = shares[j];
+      for (int j = 0; j < SUMS; j++) to.share[j] = share[j];
+      to.first = (first_row + kept.rows[mine]) * SUMS;
+      *(uint4*)to.exponents = ((const uint4*)v.exponents)[first_row + kept.rows[mine]];
     } else {
       float* record = v.v_splats + (first_row + kept.rows[mine]) * SK_SPLAT;
       add4(record, 2 * g.a * hu, 2 * (g.b * hu + g.c * hv), xx, xy);
@@ -204,11 +212,14 @@ template <bool FIXED> __device__ void add_moments(const BlendVjpArgs& v, Moments
       static_assert(SK_C == 4 && SK_LOGO == 5 && SK_R == 6 && SK_G == 7, "four numbers at once");
     }
   }
-  if constexpr (FIXED) {   // sums that stand side by side are added by lanes that do: a sum each, the card has no vectors of whole numbers
+  if constexpr (FIXED) {   // sums that stand side by side are added by lanes that do: whole numbers have no vectors
     __syncwarp();
-    for (int at = lane; at - lane < count * SUMS; at += 32) {
-      const int which = at / SUMS, place = __shfl_sync(FULL, mine, which % 32);
-      if (which < count) add_share(v, first_row + kept.rows[place], at % SUMS, m.h[which][at % SUMS]);
+    constexpr int AT_ONCE = 32 / SUMS;
+    const int j = lane % SUMS;
+#pragma unroll 1
+    for (int i = lane < AT_ONCE * SUMS ? lane / SUMS : count; i < count; i += AT_ONCE) {
+      const Shares& s = *(const Shares*)m.h[i];
+      add_share(v.sums + s.first, s.exponents, j, s.share[j]);
     }
   }
   __syncwarp();

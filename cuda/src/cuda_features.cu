@@ -221,7 +221,7 @@ template <int CH, bool GRADIENT, bool FIXED> __global__ void __launch_bounds__(H
         const float total = TransposedSum<SUMS_GEOMETRY>::of(m, lane);
         const int64_t row = first_row + s.kept.rows[i];
         if constexpr (FIXED) {
-          if (transposed.first) add_share(b.v, row, transposed.index, total);
+          if (transposed.first) add_share(b.v.sums + row * b.v.fields, b.v.exponents + row * EXPONENTS, transposed.index, total);
         } else if (transposed.first) {
           atomicAdd(b.v.v_splats + row * SK_SPLAT + field, total);
         }

@@ -108,10 +108,9 @@ __device__ inline void add_whole(long long* sum, float scaled, float most) {
 }
 __device__ inline float number_of(long long sum) { return sum > WHOLE_MAX ? NAN : (float)sum; }
 
-// Adds to sum j of a row.
-__device__ inline void add_share(const BlendVjpArgs& v, int64_t row, int j, float share) {
-  const uint8_t* exponents = v.exponents + row * EXPONENTS;
-  add_whole(v.sums + row * v.fields + j, share * from_bits((int)exponents[j] << 23), from_bits((int)exponents[ROOM] << 23));
+// Adds to sum j of a row, which has these sums and exponents.
+__device__ inline void add_share(long long* sums, const uint8_t* exponents, int j, float share) {
+  add_whole(sums + j, share * from_bits((int)exponents[j] << 23), from_bits((int)exponents[ROOM] << 23));
 }
 
 }  // namespace sk

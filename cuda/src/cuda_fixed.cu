@@ -9,8 +9,6 @@ namespace {
 // The smallest e, -126 at least, with |x| < 2^e.
 __device__ int exponent_above(float x) { return (int)((unsigned)to_bits(abs(x)) >> 23) - 126; }
 
-__device__ int larger(int a, int b) { return a > b ? a : b; }
-
 // What is not finite is passed over: it makes the rows that it reaches NaN (add_whole), and no others.
 __device__ void keep_larger(float& most, float x) {
   if (x > most && x < INFINITY) most = x;
@@ -79,27 +77,24 @@ __global__ void __launch_bounds__(ROWS) exponents_kernel(BlendVjpArgs v) {
 
   const Record r = load_record(a.splats, row);
   const Gaussian2D<float> g = r.gaussian();
-  const float alpha = min(exp2(g.logo), a.alpha_max), through = max(1 - alpha, (float)0x1p-24);
-  const int weight = exponent_above(alpha), colour = weight + exponent_above(in.color), depth = exponent_above(in.depth);
-  // |h| <= weight |colour . v_colour| + weight z |v_z| + dimming |behind|, and channel by channel twice the weight times what any Gaussian has.
-  int h = larger(larger(colour + exponent_above(abs(r[SK_R]) + abs(r[SK_G]) + abs(r[SK_BLUE])), depth + exponent_above(r[SK_Z])),
-                 weight + exponent_above(in.behind) + exponent_above(1 / through));
-  if (v.v_features_out) h = larger(h, weight + exponent_above((float)a.channels) + exponent_above(v.features_scale[1]) + exponent_above(v.features_scale[2]) + 1);
-  h += 2;
-  // Where it touches, u^2 + v^2 <= logo - cut, and |dx|, |dy| are within its reach and its tiles.
-  const int root = (exponent_above(max(g.logo - a.cut, 1.0f)) + 1) / 2, x = h + 1 + root + exponent_above(g.a), y = h + 1 + root + exponent_above(abs(g.b) + abs(g.c));
+  // |h| <= weight |colour . v_colour| + weight z |v_z| + dimming |behind|, and channel by channel twice the weight times the most that any Gaussian has.
+  const float alpha = min(exp2(g.logo), a.alpha_max), through = max(1 - alpha, (float)0x1p-24), colour = alpha * in.color;
+  float h = colour * (abs(r[SK_R]) + abs(r[SK_G]) + abs(r[SK_BLUE])) + in.depth * abs(r[SK_Z]) + alpha * in.behind / through;
+  if (v.v_features_out) h += 2 * alpha * a.channels * v.features_scale[1] * v.features_scale[2];
+  // Where it touches, u^2 + v^2 <= logo - cut, and |dx|, |dy| are within its reach and its tiles; all with some room for rounding.
+  const float root = quick_sqrt(max(g.logo - a.cut, 0.0f) + 0.1f), x = 2 * h * abs(g.a) * root, y = 2 * h * (abs(g.b) + abs(g.c)) * root;
   const float left = from_centre<float>(box.x0 * SK_TILE, a.width) - g.x, right = from_centre<float>(box.x1 * SK_TILE, a.width) - g.x;
   const float top = from_centre<float>(box.y0 * SK_TILE, a.height) - g.y, bottom = from_centre<float>(box.y1 * SK_TILE, a.height) - g.y;
-  const int dx = exponent_above(min(2 * r[SK_RX] + 1, max(abs(left), abs(right)))), dy = exponent_above(min(2 * r[SK_RY] + 1, max(abs(top), abs(bottom))));
+  const float dx = min(1.05f * r[SK_RX] + 0.1f, max(abs(left), abs(right))), dy = min(1.05f * r[SK_RY] + 0.1f, max(abs(top), abs(bottom)));
 
   // Shares that a row may get: of every warp of its tiles, once and for each 32 channels. What one of them may be at most, times them, stays below 2^61.
   const int64_t shares = (int64_t)box.count() * SUBS * (1 + (v.v_features_out ? (a.channels + 31) / 32 : 0));
   const int room = 61 - exponent_above((float)shares), pixels = 6;
-  const int bounds[SUMS_FULL] = {h, x, y, h + 2 * dx, h + dx + dy, h + 2 * dy, colour, colour, colour, depth, x, y, weight};
+  const float bounds[SUMS_FULL] = {h, x, y, h * dx * dx, h * dx * dy, h * dy * dy, colour, colour, colour, in.depth, x, y, alpha};
   uint32_t words[EXPONENTS / 4] = {};
   auto put = [&](int place, int power) { words[place / 4] |= (uint32_t)(power < -126 ? 1 : power > 126 ? 253 : 127 + power) << 8 * (place % 4); };
 #pragma unroll
-  for (int j = 0; j < SUMS_FULL; j++) put(j, room - pixels - 1 - bounds[j]);   // one for what rounding adds
+  for (int j = 0; j < SUMS_FULL; j++) put(j, room - pixels - 1 - exponent_above(bounds[j]));   // one for what rounding adds
   put(ROOM, room);
   ((uint4*)v.exponents)[row] = {words[0], words[1], words[2], words[3]};
   for (int j = 0; j < v.fields; j++) v.sums[row * v.fields + j] = 0;

@@ -20,21 +20,25 @@ __device__ float largest_of_warp(float x) {
   for (int bit = 16; bit; bit >>= 1) x = max(x, __shfl_xor_sync(FULL, x, bit));
   return x;
 }
-__device__ void raise_to(float* most, float x) { atomicMax((unsigned*)most, (unsigned)to_bits(x)); }   // for x >= 0, whose bits are ordered like the numbers
+__device__ void raise_to(float& most, float x) { atomicMax((unsigned*)&most, (unsigned)to_bits(x)); }   // for x >= 0, whose bits are ordered like the numbers
+__device__ void raise_to(Incoming& most, const Incoming& x) { raise_to(most.color, x.color), raise_to(most.behind, x.behind), raise_to(most.depth, x.depth); }
 
 __global__ void __launch_bounds__(ROWS) largest_kernel(const float* x, int64_t count, float* largest) {
   float most = 0;
   for (int64_t i = (int64_t)blockIdx.x * ROWS + threadIdx.x; i < count; i += (int64_t)gridDim.x * ROWS) keep_larger(most, abs(x[i]));
   most = largest_of_warp(most);
-  if (threadIdx.x % 32 == 0) raise_to(largest, most);
+  if (threadIdx.x % 32 == 0) raise_to(*largest, most);
 }
 
 // A warp a tile: the largest that comes in at its pixels. Behind the tiles' stand the cameras', which must be 0 before.
+constexpr int TILES_OF_BLOCK = ROWS / 32;
 __global__ void __launch_bounds__(ROWS) incoming_kernel(BlendVjpArgs v) {
+  __shared__ Incoming of_block;
   const BlendArgs& a = v.forward;
-  const int64_t tiles = (int64_t)a.tiles_x * a.tiles_y, t = ((int64_t)blockIdx.x * ROWS + threadIdx.x) / 32;
-  if (t >= a.cameras * tiles) return;
-  const int lane = threadIdx.x % 32, c = (int)(t / tiles), left = (int)(t % tiles) % a.tiles_x * SK_TILE, top = (int)(t % tiles) / a.tiles_x * SK_TILE;
+  const int tiles = a.tiles_x * a.tiles_y, c = blockIdx.y, tile = blockIdx.x * TILES_OF_BLOCK + threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int left = tile % a.tiles_x * SK_TILE, top = tile / a.tiles_x * SK_TILE;
+  if (threadIdx.x == 0) of_block = {};
+  __syncthreads();
   Incoming most = {};
   for (int i = lane; i < SK_TILE * SK_TILE; i += 32) {
     const int column = left + i % SK_TILE, row = top + i / SK_TILE;
@@ -55,15 +59,15 @@ __global__ void __launch_bounds__(ROWS) incoming_kernel(BlendVjpArgs v) {
     keep_larger(most.behind, behind);
   }
   most = {largest_of_warp(most.color), largest_of_warp(most.behind), largest_of_warp(most.depth), 0};
-  if (lane) return;
-  v.incoming[t] = most;
-  Incoming& camera = v.incoming[a.cameras * tiles + c];
-  raise_to(&camera.color, most.color), raise_to(&camera.behind, most.behind), raise_to(&camera.depth, most.depth);
+  if (lane == 0 && tile < tiles) v.incoming[(int64_t)c * tiles + tile] = most;
+  if (lane == 0) raise_to(of_block, most);
+  __syncthreads();
+  if (threadIdx.x == 0) raise_to(v.incoming[(int64_t)a.cameras * tiles + c], of_block);
 }
 
 // Each drawn row's exponents, from bounds of what one pixel adds to a sum; its sums become 0. Rows of more tiles than a thread should look at take the
 // camera's largest.
-constexpr int FEW = 64;
+constexpr int FEW = 16;
 __global__ void __launch_bounds__(ROWS) exponents_kernel(BlendVjpArgs v) {
   const BlendArgs& a = v.forward;
   const int64_t row = (int64_t)blockIdx.x * ROWS + threadIdx.x;
@@ -125,14 +129,14 @@ void largest(const float* x, int64_t count, float* out, cudaStream_t stream) {
 
 void start_sums(const BlendVjpArgs& v, cudaStream_t stream) {
   const BlendArgs& a = v.forward;
-  const int64_t tiles = (int64_t)a.cameras * a.tiles_x * a.tiles_y;
+  const int tiles = a.tiles_x * a.tiles_y;
   if (v.v_features_out) {
     check(cudaMemsetAsync(v.features_scale, 0, sizeof(float) * 3, stream), "memset");
     largest(v.v_features_out, (int64_t)a.width * a.height * a.cameras * a.channels, v.features_scale + 1, stream);
     largest(a.features, a.n * a.channels, v.features_scale + 2, stream);
   }
-  check(cudaMemsetAsync(v.incoming + tiles, 0, sizeof(Incoming) * a.cameras, stream), "memset");
-  launch("incoming", incoming_kernel, dim3(blocks_for(tiles, ROWS / 32)), dim3(ROWS), 0, stream, v);
+  check(cudaMemsetAsync(v.incoming + (int64_t)a.cameras * tiles, 0, sizeof(Incoming) * a.cameras, stream), "memset");
+  launch("incoming", incoming_kernel, dim3(blocks_for(tiles, TILES_OF_BLOCK), a.cameras), dim3(ROWS), 0, stream, v);
   launch("exponents", exponents_kernel, dim3(blocks_for(a.cameras * a.n)), dim3(ROWS), 0, stream, v);
 }
 

@@ -37,7 +37,7 @@ OTHER = {"cpu_base": (CPU, []), "cpu_f64": (CPU, ["-DSK_REAL=double"])}
 LIBRARIES = X86 if platform.machine().lower() in ("x86_64", "amd64") else OTHER
 
 CUDA = [f"cuda/src/{name}.cu" for name in ("cuda_sort", "cuda_project_vjp", "cuda_features", "cuda_blend_vjp", "cuda_project", "cuda_blend", "cuda_bin", "cuda_loss",
-                                            "cuda_ordered", "cuda_train", "cuda")]     # the slowest to compile first
+                                            "cuda_fixed", "cuda_train", "cuda")]     # the slowest to compile first
 NVCC = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icuda/include"]
 EVERY_CARD = ["75", "80", "86", "89", "90", "100", "120"]
 

@@ -98,7 +98,7 @@ def orders(b: Bench) -> dict:
 
 
 def determinism(b: Bench) -> dict:
-    """Two backward passes bit for bit, and what the fixed order costs."""
+    """Two backward passes bit for bit, and what that costs."""
     scene, views = dense(b.data, b.size(1_000_000), *((96, 64) if b.dry else (1920, 1080)))
     pair, front = pixel_pair(64, 32 if b.dry else 256)
     fixed, result = RasterSettings(deterministic=True), {}

@@ -77,7 +77,7 @@ def inner_loop(source: str, kernel: str, program: str) -> int:
     return min(len(loop) for loop in loops if any("MUFU.EX2" in words for words in loop))
 
 
-LOOPS = {"cuda_blend": "blend_kernelILb0", "cuda_blend_vjp": "blend_vjp_moments_kernel"}
+LOOPS = {"cuda_blend": "blend_kernelILb0", "cuda_blend_vjp": "blend_vjp_moments_kernelILb0"}
 
 
 def table(said: dict[str, str]) -> dict[str, dict[str, dict[str, int]]]:

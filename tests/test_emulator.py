@@ -103,12 +103,48 @@ def test_rows_beyond_the_room_for_sorting_stand_unsorted_but_each_once(emulated)
                 assert torch.equal(few["order"][c, :visible], whole["order"][c, :visible])
 
 
-def test_a_fixed_order_gives_the_same_bits_twice_and_the_free_order_s_sums(emulated):
+@pytest.mark.parametrize("how", [{}, {"outputs": ("color",), "stats": False}, {"outputs": ("features",), "stats": False}], ids=["everything", "colour", "features"])
+def test_deterministic_gradients_have_the_same_bits_twice_and_are_the_other_s_sums(emulated, how):
     scene = settled(small(channels=70), TWO, DEFAULT)       # blocks and threads take turns in another order each time
-    first, second, free = (drawn(scene, TWO, settings) for settings in (FIXED, FIXED, DEFAULT))
+    first, second, free = (drawn(scene, TWO, settings, **how) for settings in (FIXED, FIXED, DEFAULT))
     for name, x in first.items():
         assert x.numpy().tobytes() == second[name].numpy().tobytes(), name
     assert max(distance(free, first).values()) <= 1e-5
+
+
+def gradients(scene, view, v_color, dtype, settings=FIXED) -> dict[str, torch.Tensor]:
+    """Gradients by field and row [N,...] from that by the picture."""
+    leaves, view = scene.to(dtype=dtype).requires_grad_(), view.to(dtype=dtype)
+    out = raster.render(leaves, view, settings=settings, backend="cpu")
+    fields = {name: x for name, x in leaves.fields().items() if name != "features"}
+    return dict(zip(fields, torch.autograd.grad(out.color, list(fields.values()), v_color.to(dtype))))
+
+
+# In another tile, or in the same, whose largest gradient is then that of the other Gaussian; and a faint one has hardly any opacity.
+@pytest.mark.parametrize("apart, opacity", [(40, 0.8), (40, 0.006), (10, 0.8), (10, 0.006)])
+def test_a_deterministic_gradient_is_right_to_itself_beside_one_of_1e8_times_its_size(emulated, apart, opacity):
+    places = torch.tensor([[-apart / 2, 0.3, 20], [apart / 2, 0.3, 20]]) + torch.tensor([-24.0, 8, 0])      # of pixels
+    scene, view = gaussians(places, scale=1.0, opacity=(0.8, opacity), color=(0.7, 0.2, 0.5)), camera(width=96, height=32)
+    scene = scene.replace(quats=torch.tensor([[1, 0.2, -0.1, 0.3]] * 2, dtype=F64), log_scales=scene.log_scales + torch.tensor([0.2, -0.1, 0.05]))
+    v_color = torch.randn(1, 32, 96, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    v_color[:, :, 24:] *= 1e-8      # the place between them
+    actual, expected = gradients(scene, view, v_color, F32), gradients(scene, view, v_color, F64)
+    for name, y in expected.items():
+        assert 1e6 < y[0].norm() / y[1].norm() < 1e12
+        for row in range(2):
+            assert (actual[name][row] - y[row]).norm() <= 1e-4 * y[row].norm(), (name, row)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_makes_those_nan_that_it_reaches_and_no_others(emulated, value):
+    scene, view = settled(small(degree=0), ONE, DEFAULT), ONE
+    v_color = torch.randn(1, view.height, view.width, 3, generator=torch.Generator().manual_seed(0))
+    v_color[0, 20, 20, 1] = value
+    fixed, free = gradients(scene, view, v_color, F32), gradients(scene, view, v_color, F32, DEFAULT)
+    for name, x in free.items():
+        finite = x.isfinite()
+        assert 0 < finite.sum() < finite.numel() and torch.equal(fixed[name].isnan(), ~finite), name
+        assert (fixed[name] - x)[finite].norm() <= 1e-5 * x[finite].norm(), name
 
 
 # ---- the contract of capacities

@@ -54,8 +54,7 @@ SK_API int32_t sk_set_threads(int32_t threads);
 // GFLOP/s of independent fused multiply-adds in registers on `threads` threads, measured for about `seconds`.
 SK_API double sk_fma_peak(int32_t threads, double seconds);
 
-// Words of scratch that an entry needs on this library; capacity is sk_project's or sk_blend's, and for sk_blend_vjp the tiles that all boxes of `tiles` hold where the
-// settings say SK_DETERMINISTIC, else 0.
+// Words of scratch that an entry needs on this library; capacity is sk_project's or sk_blend's, and for sk_blend_vjp 1 where the settings say SK_DETERMINISTIC, else 0.
 enum { SK_FOR_PROJECT = 0, SK_FOR_PROJECT_VJP = 1, SK_FOR_BLEND = 2, SK_FOR_BLEND_VJP = 3, SK_FOR_UPLIFT = 4, SK_FOR_L1_SSIM = 5 };
 SK_API int64_t sk_scratch(int32_t entry, int64_t n, int32_t cameras, int32_t width, int32_t height, int32_t channels, int64_t capacity);
 

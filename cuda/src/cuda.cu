@@ -38,24 +38,16 @@ struct ProjectScratch {
 
 struct BlendVjpScratch {
   float* tile_background;
-  int32_t* count = nullptr;
-  int64_t* slot_of = nullptr;
-  size_t bytes = 0;
-  char* temporary = nullptr;
-  float* records = nullptr;
-  uint8_t* written = nullptr;
-  long long* fixed_features = nullptr;
-  float* fixed_scale = nullptr;
-  int64_t slots;
-  BlendVjpScratch(Scratch& s, int64_t n, int32_t cameras, int64_t tiles, int32_t channels, int64_t slots) : tile_background(s.take<float>(3 * tiles * cameras)), slots(slots) {
-    if (!slots) return;
-    count = s.take<int32_t>(cameras * n);
-    slot_of = s.take<int64_t>(cameras * n);
-    bytes = sum_bytes(cameras * n);
-    temporary = s.take<char>(bytes);
-    written = s.take<uint8_t>(slots * SUBS);
-    if (channels) fixed_features = s.take<long long>(n * channels), fixed_scale = s.take<float>(2);
-    records = s.take<float>(slots * SUBS * RECORD);
+  Incoming* incoming = nullptr;
+  uint8_t* exponents = nullptr;
+  long long *sums = nullptr, *features_sums = nullptr;
+  float* features_scale = nullptr;
+  BlendVjpScratch(Scratch& s, int64_t n, int32_t cameras, int64_t tiles, int32_t channels, bool deterministic) : tile_background(s.take<float>(3 * tiles * cameras)) {
+    if (!deterministic) return;
+    incoming = s.take<Incoming>(cameras * (tiles + 1));
+    exponents = s.take<uint8_t>(cameras * n * EXPONENTS);
+    if (channels) features_sums = s.take<long long>(n * channels), features_scale = s.take<float>(3);
+    sums = s.take<long long>(cameras * n * SUMS_FULL);
   }
 };
 
@@ -119,7 +111,7 @@ int64_t sk_scratch(int32_t entry, int64_t n, int32_t cameras, int32_t width, int
     if (entry == SK_FOR_PROJECT) ProjectScratch(s, n, capacity);
     if (entry == SK_FOR_PROJECT_VJP) s.take<double>((int64_t)16 * blocks_for(n, VJP_ROWS));
     if (entry == SK_FOR_BLEND) bin(bin_args(n, cameras, width, height, capacity), s, nullptr);
-    if (entry == SK_FOR_BLEND_VJP) BlendVjpScratch(s, n, cameras, (int64_t)tiles_of(width) * tiles_of(height), channels, capacity);
+    if (entry == SK_FOR_BLEND_VJP) BlendVjpScratch(s, n, cameras, (int64_t)tiles_of(width) * tiles_of(height), channels, capacity != 0);
     if (entry == SK_FOR_L1_SSIM) s.take<int64_t>(l1_ssim_words(width, height));
   });
   return status == SK_OK ? s.words() : -1;
@@ -199,19 +191,9 @@ int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, 
   (void)counts;
   return guarded("sk_blend_vjp", [&] {
     const cudaStream_t to = (cudaStream_t)stream;
-    const int64_t tile_count = (int64_t)tiles_of(width) * tiles_of(height);
-    int64_t slots = 0;
-    if (settings[SK_DETERMINISTIC] != 0) {   // as many as the scratch has room for
-      auto fits = [&](int64_t some) {
-        Scratch all(nullptr, 0);
-        BlendVjpScratch(all, n, cameras, tile_count, channels, some);
-        return all.words() <= scratch_words;
-      };
-      for (int64_t step = (int64_t)1 << 40; step; step /= 2)
-        if (fits(slots + step)) slots += step;
-    }
+    const bool deterministic = settings[SK_DETERMINISTIC] != 0;
     Scratch memory(scratch, scratch_words);
-    const BlendVjpScratch s(memory, n, cameras, tile_count, channels, slots);
+    const BlendVjpScratch s(memory, n, cameras, (int64_t)tiles_of(width) * tiles_of(height), channels, deterministic);
     BlendVjpArgs a = {};
     BlendArgs& f = a.forward = blend_args(n, cameras, width, height, channels, settings, splats, features, background, pairs, tile_offsets);
     f.color = const_cast<float*>(color);
@@ -228,24 +210,22 @@ int32_t sk_blend_vjp(int64_t n, int32_t cameras, int32_t width, int32_t height, 
     a.weight_sums = weight_sums;
     a.tiles = tiles;
     a.tile_background = v_background ? s.tile_background : nullptr;
-    a.slots = slots;
-    a.slot_of = s.slot_of;
-    a.records = s.records;
-    a.written = s.written;
-    a.fixed_features = v_features ? s.fixed_features : nullptr;
-    a.fixed_scale = s.fixed_scale;
     const bool by_features = v_features_out && channels;
+    if (!by_features) a.v_features_out = nullptr;
+    a.fields = v_expected_depth || weight_sums ? SUMS_FULL : SUMS;
+    a.incoming = s.incoming;
+    a.exponents = s.exponents;
+    a.sums = s.sums;
+    a.features_sums = v_features ? s.features_sums : nullptr;
+    a.features_scale = s.features_scale;
     a.every_channel = by_features && weight_sums;
-    if (!slots) check(cudaMemsetAsync(v_splats, 0, sizeof(float) * cameras * n * SK_SPLAT, to), "memset");
-    if (!slots && weight_sums) check(cudaMemsetAsync(weight_sums, 0, sizeof(float) * cameras * n, to), "memset");
+    if (!deterministic) check(cudaMemsetAsync(v_splats, 0, sizeof(float) * cameras * n * SK_SPLAT, to), "memset");
+    if (!deterministic && weight_sums) check(cudaMemsetAsync(weight_sums, 0, sizeof(float) * cameras * n, to), "memset");
     if (v_features) check(cudaMemsetAsync(v_features, 0, sizeof(float) * n * channels, to), "memset");
-    if (slots) {
-      check(cudaMemsetAsync(s.written, 0, slots * SUBS, to), "memset");
-      count_slots(a, s.count, s.temporary, s.bytes, to);
-    }
+    if (deterministic) start_sums(a, to);
     if (v_color || v_alpha || v_expected_depth || weight_sums || v_background) blend_vjp(a, to);
     if (by_features) blend_features_vjp(a, to);
-    if (slots) sum_slots(a, to);
+    if (deterministic) finish_sums(a, to);
   });
 }
 

@@ -12,12 +12,6 @@ constexpr int PX = SK_BLEND_VJP_PX;
 
 typedef Sub<PX> S;
 
-// What a (Gaussian, sub-tile) leaves, by log2 alpha = logo - u^2 - v^2 with u = a dx + b dy, v = c dy and h = d loss / d log2 alpha: h, h u, h v, h dx^2,
-// h dx dy, h dy^2, weight times v_colour; and in the full version weight times v_depth, |d loss / d x|, |d loss / d y|, the weight.
-constexpr int SUMS = 9, SUMS_FULL = 13;
-// Where each of the full version stands in a record; the gradient by the place needs a and b, c first.
-__device__ constexpr int FIELD[SUMS_FULL] = {SK_LOGO, SK_X, SK_Y, SK_A, SK_B, SK_C, SK_R, SK_G, SK_BLUE, SK_Z, SK_RX, SK_RY, SK_SPLAT};
-
 __device__ float dot_of(const float* x, const float* y, int count) {
   float sum = 0;
   for (int k = 0; k < count; k++) sum += x[k] * y[k];
@@ -79,24 +73,21 @@ template <bool FULL_RECORD> struct Pixels {
   }
 };
 
-template <bool FULL_RECORD, bool FIXED_ORDER> __global__ void __launch_bounds__(S::THREADS) blend_vjp_kernel(BlendVjpArgs v) {
+// FIXED: adds whole numbers, whose sum has no order.
+template <bool FULL_RECORD, bool FIXED> __global__ void __launch_bounds__(S::THREADS) blend_vjp_kernel(BlendVjpArgs v) {
   constexpr int N = FULL_RECORD ? SUMS_FULL : SUMS;
   __shared__ Kept kept_by_warp[S::WARPS];
-  __shared__ int64_t slots_by_warp[FIXED_ORDER ? S::WARPS : 1][GROUP];
   const BlendArgs& a = v.forward;
   const int c = blockIdx.y, tile = blockIdx.x, warp = threadIdx.x / 32;
   Kept& kept = kept_by_warp[warp];
-  int64_t* slots = slots_by_warp[FIXED_ORDER ? warp : 0];
   const S sub(a, tile);
   const int64_t first_row = c * a.n, picture = (int64_t)a.width * a.height * c;
   Pixels<FULL_RECORD> pixels(v, sub, c, tile);
   const TransposedSum<N> transposed(sub.lane);
-  const int field = FIELD[transposed.index];
+  [[maybe_unused]] const int field = FIELD[transposed.index];
   Walk walk(a, c, tile, sub.lane);
   for (bool going = true; going && walk.more(); going = pixels.going()) {
-    const int count = walk.next(a, sub, kept, [&](int place, int row) {
-      if (FIXED_ORDER) slots[place] = slot_at(v, first_row + row, tile) * SUBS + warp;
-    });
+    const int count = walk.next(a, sub, kept);
     for (int i = 0; i < count; i++) {
       const Record& r = kept.records[i];
       const Gaussian2D<float> g = r.gaussian();
@@ -142,14 +133,8 @@ template <bool FULL_RECORD, bool FIXED_ORDER> __global__ void __launch_bounds__(
       m[2] = 2 * (g.b * hu + g.c * m[2]);
       const float total = TransposedSum<N>::of(m, sub.lane);
       const int64_t row = first_row + kept.rows[i];
-      if constexpr (FIXED_ORDER) {
-        const int64_t slot = slots[i];
-        if (slot < v.slots * SUBS) {
-          float* record = v.records + slot * RECORD;
-          if (transposed.first) record[field] = total;
-          if (N < SUMS_FULL && sub.lane < SUMS_FULL - N) record[SUMS + sub.lane] = 0;
-          if (sub.lane == 0) v.written[slot] = 1;
-        }
+      if constexpr (FIXED) {
+        if (transposed.first) add_share(v.sums + row * N, v.exponents + row * EXPONENTS, transposed.index, total);
       } else if (transposed.first) {
         if (field < SK_SPLAT)
           atomicAdd(v.v_splats + row * SK_SPLAT + field, total);
@@ -164,6 +149,11 @@ template <bool FULL_RECORD, bool FIXED_ORDER> __global__ void __launch_bounds__(
 // The sums of h times 1, x, y, x^2, x y, y^2 over a sub-tile's 64 pixels are a product of matrices, sixteen Gaussians by 64 pixels by six monomials. Counted
 // from the sub-tile's middle the monomials are exact in tf32, and h is two tf32 numbers, so only h's last two bits are lost. 160 instructions a step become 110.
 constexpr int SIXTEEN = 16, SIDE = 8, PIXELS = SIDE * SIDE;
+struct alignas(16) Shares {                   // of one Gaussian, and where they go: in the place of its h
+  float share[SUMS];
+  int64_t first;                              // where the Gaussian's sums start; a pointer read from memory might be to shared memory, whose atomics differ
+  alignas(16) uint8_t exponents[EXPONENTS];
+};
 struct Moments {                              // of one warp; rows are Gaussians
   float h[SIXTEEN][PIXELS + 4];               // padded: the four pixels that eight rows read at once lie in 32 banks
   float sums[SIXTEEN][8], colour[SIXTEEN][4];
@@ -178,7 +168,7 @@ __device__ void add4(float* p, float x, float y, float z, float w) {
 }
 
 // Adds what `count` Gaussians have left in m to their records; lane l < count has number `mine` of those kept.
-__device__ void add_moments(const BlendVjpArgs& v, Moments& m, const Kept& kept, int64_t first_row, int count, int mine, int lane, float middle_x, float middle_y) {
+template <bool FIXED> __device__ void add_moments(const BlendVjpArgs& v, Moments& m, const Kept& kept, int64_t first_row, int count, int mine, int lane, float middle_x, float middle_y) {
   __syncwarp();
   // This lane's monomial, as p + y (q + r y) with y the row of pixels, at the two columns that it holds.
   int n = lane / 4;
@@ -206,17 +196,36 @@ __device__ void add_moments(const BlendVjpArgs& v, Moments& m, const Kept& kept,
     const float dx = mx + x * m1, dy = my + y * m1;
     const float xx = s[3] + x * (mx + dx), xy = s[4] + x * my + y * dx, yy = s[5] + y * (my + dy);
     const float hu = g.a * dx + g.b * dy, hv = g.c * dy;
-    float* record = v.v_splats + (first_row + kept.rows[mine]) * SK_SPLAT;
     const float* colour = m.colour[lane];
-    add4(record, 2 * g.a * hu, 2 * (g.b * hu + g.c * hv), xx, xy);
-    add4(record + SK_C, yy, m1, colour[0], colour[1]);
-    atomicAdd(record + SK_BLUE, colour[2]);
-    static_assert(SK_C == 4 && SK_LOGO == 5 && SK_R == 6 && SK_G == 7, "four numbers at once");
+    if constexpr (FIXED) {
+      const float share[SUMS] = {m1, 2 * g.a * hu, 2 * (g.b * hu + g.c * hv), xx, xy, yy, colour[0], colour[1], colour[2]};
+      Shares& to = *(Shares*)m.h[lane];
+#pragma unroll
+      for (int j = 0; j < SUMS; j++) to.share[j] = share[j];
+      to.first = (first_row + kept.rows[mine]) * SUMS;
+      *(uint4*)to.exponents = ((const uint4*)v.exponents)[first_row + kept.rows[mine]];
+    } else {
+      float* record = v.v_splats + (first_row + kept.rows[mine]) * SK_SPLAT;
+      add4(record, 2 * g.a * hu, 2 * (g.b * hu + g.c * hv), xx, xy);
+      add4(record + SK_C, yy, m1, colour[0], colour[1]);
+      atomicAdd(record + SK_BLUE, colour[2]);
+      static_assert(SK_C == 4 && SK_LOGO == 5 && SK_R == 6 && SK_G == 7, "four numbers at once");
+    }
+  }
+  if constexpr (FIXED) {   // sums that stand side by side are added by lanes that do: whole numbers have no vectors
+    __syncwarp();
+    constexpr int AT_ONCE = 32 / SUMS;
+    const int j = lane % SUMS;
+#pragma unroll 1
+    for (int i = lane < AT_ONCE * SUMS ? lane / SUMS : count; i < count; i += AT_ONCE) {
+      const Shares& s = *(const Shares*)m.h[i];
+      add_share(v.sums + s.first, s.exponents, j, s.share[j]);
+    }
   }
   __syncwarp();
 }
 
-__global__ void __launch_bounds__(S::THREADS) blend_vjp_moments_kernel(BlendVjpArgs v) {
+template <bool FIXED> __global__ void __launch_bounds__(S::THREADS) blend_vjp_moments_kernel(BlendVjpArgs v) {
   static_assert(PX == 2, "sub-tiles of 8 x 8 pixels");
   __shared__ Kept kept_by_warp[S::WARPS];
   alignas(16) __shared__ Moments moments_by_warp[S::WARPS];
@@ -257,18 +266,18 @@ __global__ void __launch_bounds__(S::THREADS) blend_vjp_moments_kernel(BlendVjpA
       if (transposed.first) m.colour[filled][transposed.index] = total;
       if (sub.lane == filled) mine = i;
       if (++filled == SIXTEEN) {
-        add_moments(v, m, kept, first_row, filled, mine, sub.lane, middle_x, middle_y);
+        add_moments<FIXED>(v, m, kept, first_row, filled, mine, sub.lane, middle_x, middle_y);
         filled = 0;
       }
     }
-    if (filled) add_moments(v, m, kept, first_row, filled, mine, sub.lane, middle_x, middle_y);
+    if (filled) add_moments<FIXED>(v, m, kept, first_row, filled, mine, sub.lane, middle_x, middle_y);
   }
 }
 
 // Of the code, not of the card: code for 7.5 may have been compiled for a later card, without the products.
 bool has_matrix_units() {
   cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, (const void*)blend_vjp_moments_kernel), "blend_vjp");
+  check(cudaFuncGetAttributes(&attributes, (const void*)blend_vjp_moments_kernel<false>), "blend_vjp");
   return attributes.ptxVersion >= 80;
 }
 
@@ -290,8 +299,10 @@ __global__ void __launch_bounds__(ROWS) background_kernel(const float* tile_back
 
 void blend_vjp(const BlendVjpArgs& v, cudaStream_t stream) {
   const BlendArgs& a = v.forward;
-  const bool full = v.v_expected_depth || v.weight_sums, ordered = v.slots > 0;
-  auto* kernel = !full && !ordered && has_matrix_units() ? blend_vjp_moments_kernel : full ? ordered ? blend_vjp_kernel<true, true> : blend_vjp_kernel<true, false> : ordered ? blend_vjp_kernel<false, true> : blend_vjp_kernel<false, false>;
+  const bool full = v.fields == SUMS_FULL, fixed = v.sums != nullptr;
+  auto* kernel = full ? fixed ? blend_vjp_kernel<true, true> : blend_vjp_kernel<true, false>
+               : has_matrix_units() ? fixed ? blend_vjp_moments_kernel<true> : blend_vjp_moments_kernel<false>
+                                    : fixed ? blend_vjp_kernel<false, true> : blend_vjp_kernel<false, false>;
   launch("blend_vjp", kernel, dim3(a.tiles_x * a.tiles_y, a.cameras), dim3(Sub<PX>::THREADS), 0, stream, v);
   if (v.v_background) launch("background", background_kernel, dim3(a.cameras), dim3(ROWS), 0, stream, v.tile_background, (int64_t)a.tiles_x * a.tiles_y, v.v_background);
 }

@@ -98,16 +98,13 @@ template <int CH> __global__ void __launch_bounds__(S::THREADS) features_kernel(
 }
 
 // What goes back from pixels to Gaussians. GRADIENT: geometry's share of the chunk by v_splats (linear in the channels, so chunks add up) beside
-// the features'; else the features' (uplift: the map's) alone, and the weights' sums. FIXED: as whole numbers of fixed_scale, whose sum has no order.
+// the features'; else the features' (uplift: the map's) alone, and the weights' sums. FIXED: as whole numbers, whose sum has no order.
 constexpr int TOGETHER = 8;   // Gaussians whose sums over pixels are taken together
-constexpr int SUMS = 6;       // h, h u, h v, h dx^2, h dx dy, h dy^2 as in cuda_blend_vjp.cu
-__device__ constexpr int FIELD[SUMS] = {SK_LOGO, SK_X, SK_Y, SK_A, SK_B, SK_C};
 
 struct BackArgs {
   BlendVjpArgs v;
   const float* map;             // [C,H,W,channels]
   float *sums, *row_weights;    // [n,channels]; [n] or null
-  int32_t first_chunk;          // of the launch
 };
 
 template <int CH> struct BackShared {               // of one warp
@@ -117,6 +114,9 @@ template <int CH> struct BackShared {               // of one warp
   float weights[32][TOGETHER];                      // of the Gaussians that wait for their sums
   int32_t waiting[TOGETHER];                        // their rows
 };
+
+// v_features has 2^34 to 2^35 steps up to the largest |v_features_out|: sums of up to 2^26 pixels of all cameras stay within WHOLE_MAX, a warp's within this.
+constexpr float WARP_MAX = 0x1p40f;
 
 // Adds the waiting Gaussians' sums over the warp's pixels of weight times map: lane l has channels l, l + 32 ...
 template <int CH, bool FIXED> __device__ void flush(const BackArgs& b, BackShared<CH>& s, int lane, int count, Chunk chunk) {
@@ -144,7 +144,7 @@ template <int CH, bool FIXED> __device__ void flush(const BackArgs& b, BackShare
       const int channel = k * 32 + lane;
       if (channel >= chunk.count) continue;
       if (FIXED)
-        atomicAdd((unsigned long long*)b.v.fixed_features + at + channel, (unsigned long long)__float2ll_rn(sum[i][k] * b.v.fixed_scale[0]));
+        add_whole(b.v.features_sums + at + channel, sum[i][k] * b.v.features_scale[0], WARP_MAX);
       else
         atomicAdd(b.sums + at + channel, sum[i][k]);
     }
@@ -175,7 +175,7 @@ template <int CH, bool GRADIENT, bool FIXED> __global__ void __launch_bounds__(H
   const int c = blockIdx.z, tile = blockIdx.x / 2, warp = threadIdx.x / 32 + blockIdx.x % 2 * HALF_WARPS;
   const S sub(a, tile, warp);
   const int lane = sub.lane;
-  const Chunk chunk(a.channels, b.first_chunk + blockIdx.y, CH);
+  const Chunk chunk(a.channels, blockIdx.y, CH);
   const int64_t first_row = c * a.n, picture = (int64_t)a.width * a.height * c;
   Light light = {sub.inside[0] ? 1.0f : 0.0f};
   float behind = 0, v_out[GRADIENT ? CH : 1];
@@ -190,10 +190,10 @@ template <int CH, bool GRADIENT, bool FIXED> __global__ void __launch_bounds__(H
     __syncwarp();
     share_pixels<CH>(a, sub, b.map + picture * a.channels + chunk.first, chunk.count, s.map);
   }
-  const bool wants_sums = FIXED ? b.v.fixed_features != nullptr : b.sums != nullptr;
+  const bool wants_sums = FIXED ? b.v.features_sums != nullptr : b.sums != nullptr;
   int waiting = 0;
-  const TransposedSum<SUMS> transposed(lane);
-  const int field = FIELD[transposed.index];
+  const TransposedSum<SUMS_GEOMETRY> transposed(lane);
+  [[maybe_unused]] const int field = FIELD[transposed.index];
   Walk walk(a, c, tile, lane);
   for (bool going = true; going && walk.more(); going = __any_sync(FULL, light.going())) {
     const int count = walk.next(a, sub, s.kept);
@@ -217,18 +217,11 @@ template <int CH, bool GRADIENT, bool FIXED> __global__ void __launch_bounds__(H
         behind -= weighted;
         const float h = e.free && w > 0 ? (float)LN2 * exponent_vjp(weighted, dimming(e.alpha), behind) : 0;
         const float hu = h * (g.a * dx + g.b * dy), hv = h * (g.c * dy), hx = h * dx;
-        float m[SUMS] = {h, 2 * g.a * hu, 2 * (g.b * hu + g.c * hv), hx * dx, hx * dy, h * dy * dy};
-        const float total = TransposedSum<SUMS>::of(m, lane);
+        float m[SUMS_GEOMETRY] = {h, 2 * g.a * hu, 2 * (g.b * hu + g.c * hv), hx * dx, hx * dy, h * dy * dy};
+        const float total = TransposedSum<SUMS_GEOMETRY>::of(m, lane);
         const int64_t row = first_row + s.kept.rows[i];
-        if constexpr (FIXED) {   // this warp alone writes its records, and launches take the chunks in turn
-          const int64_t slot = slot_at(b.v, row, tile) * SUBS + warp;
-          if (slot < b.v.slots * SUBS) {
-            float* record = b.v.records + slot * RECORD;
-            if (!b.v.written[slot] && lane < RECORD) record[lane] = 0;
-            __syncwarp();
-            if (transposed.first) record[field] += total;
-            if (lane == 0) b.v.written[slot] = 1;
-          }
+        if constexpr (FIXED) {
+          if (transposed.first) add_share(b.v.sums + row * b.v.fields, b.v.exponents + row * EXPONENTS, transposed.index, total);
         } else if (transposed.first) {
           atomicAdd(b.v.v_splats + row * SK_SPLAT + field, total);
         }
@@ -253,32 +246,22 @@ template <int CH, bool GRADIENT, bool FIXED> __global__ void __launch_bounds__(H
   }
 }
 
-template <bool GRADIENT, bool FIXED> void features_back(BackArgs b, cudaStream_t stream) {
+template <bool GRADIENT, bool FIXED> void features_back(const BackArgs& b, cudaStream_t stream) {
   const BlendArgs& a = b.v.forward;
   const bool wide = a.channels > 32;
-  const int size = wide ? 64 : 32, chunks = (a.channels + size - 1) / size, at_once = FIXED ? 1 : chunks;
-  for (b.first_chunk = 0; b.first_chunk < chunks; b.first_chunk += at_once)
-    launch("features_back", wide ? features_back_kernel<64, GRADIENT, FIXED> : features_back_kernel<32, GRADIENT, FIXED>, dim3(2 * a.tiles_x * a.tiles_y, at_once, a.cameras), dim3(HALF_THREADS),
-           HALF_WARPS * (wide ? sizeof(BackShared<64>) : sizeof(BackShared<32>)), stream, b);
+  const int size = wide ? 64 : 32;
+  launch("features_back", wide ? features_back_kernel<64, GRADIENT, FIXED> : features_back_kernel<32, GRADIENT, FIXED>,
+         dim3(2 * a.tiles_x * a.tiles_y, (a.channels + size - 1) / size, a.cameras), dim3(HALF_THREADS), HALF_WARPS * (wide ? sizeof(BackShared<64>) : sizeof(BackShared<32>)), stream, b);
 }
 
-// Whole numbers with 2^36 steps up to the largest |v_features_out|: sums of up to 2^26 pixels of all cameras stay below 2^63.
-__global__ void __launch_bounds__(ROWS) largest_kernel(const float* x, int64_t count, unsigned* largest) {
-  unsigned most = 0;
-  for (int64_t i = (int64_t)blockIdx.x * ROWS + threadIdx.x; i < count; i += (int64_t)gridDim.x * ROWS) {
-    const unsigned bits = (unsigned)to_bits(abs(x[i]));   // ordered like the numbers
-    most = bits > most ? bits : most;
-  }
-  atomicMax(largest, most);
-}
-__global__ void scale_kernel(const unsigned* largest, float* scale) {
-  const int exponent = (int)(largest[0] >> 23) - 127;     // of the largest, rounded down
-  const int power = 35 - exponent;
+__global__ void scale_kernel(float* scale) {
+  const int exponent = (to_bits(scale[1]) >> 23) - 127;     // of the largest, rounded down
+  const int power = 34 - exponent;
   scale[0] = from_bits(((power < 127 ? power : 127) + 127) << 23);
 }
 __global__ void __launch_bounds__(ROWS) unfix_kernel(const long long* fixed, const float* scale, int64_t count, float* out) {
   const int64_t i = (int64_t)blockIdx.x * ROWS + threadIdx.x;
-  if (i < count) out[i] = (float)((double)fixed[i] / scale[0]);
+  if (i < count) out[i] = number_of(fixed[i]) / scale[0];
 }
 
 }  // namespace
@@ -290,17 +273,14 @@ void blend_features(const BlendArgs& a, cudaStream_t stream) {
 }
 
 void blend_features_vjp(const BlendVjpArgs& v, cudaStream_t stream) {
-  const BackArgs b = {v, v.v_features_out, v.v_features, nullptr, 0};
-  if (!v.slots) return v.every_channel ? features_back<false, false>(b, stream) : features_back<true, false>(b, stream);
-  if (!v.fixed_features) return v.every_channel ? void() : features_back<true, true>(b, stream);
-  const BlendArgs& a = v.forward;
-  const int64_t numbers = (int64_t)a.width * a.height * a.channels * a.cameras, rows = a.n * a.channels;
-  check(cudaMemsetAsync(v.fixed_scale, 0, 2 * sizeof(float), stream), "memset");
-  check(cudaMemsetAsync(v.fixed_features, 0, sizeof(long long) * rows, stream), "memset");
-  launch("largest", largest_kernel, dim3(blocks_for(numbers) < 1024 ? blocks_for(numbers) : 1024), dim3(ROWS), 0, stream, v.v_features_out, numbers, (unsigned*)v.fixed_scale + 1);
-  launch("scale", scale_kernel, dim3(1), dim3(1), 0, stream, (const unsigned*)v.fixed_scale + 1, v.fixed_scale);
+  const BackArgs b = {v, v.v_features_out, v.v_features, nullptr};
+  if (!v.sums) return v.every_channel ? features_back<false, false>(b, stream) : features_back<true, false>(b, stream);
+  if (!v.features_sums) return v.every_channel ? void() : features_back<true, true>(b, stream);
+  const int64_t numbers = v.forward.n * v.forward.channels;
+  check(cudaMemsetAsync(v.features_sums, 0, sizeof(long long) * numbers, stream), "memset");
+  launch("scale", scale_kernel, dim3(1), dim3(1), 0, stream, v.features_scale);
   v.every_channel ? features_back<false, true>(b, stream) : features_back<true, true>(b, stream);
-  launch("unfix", unfix_kernel, dim3(blocks_for(rows)), dim3(ROWS), 0, stream, v.fixed_features, v.fixed_scale, rows, v.v_features);
+  launch("unfix", unfix_kernel, dim3(blocks_for(numbers)), dim3(ROWS), 0, stream, v.features_sums, v.features_scale, numbers, v.v_features);
 }
 
 void uplift(const BlendArgs& a, const float* map, float* sums, float* row_weights, cudaStream_t stream) {

@@ -56,7 +56,7 @@ struct BinArgs {
 };
 void bin(const BinArgs& a, Scratch& scratch, cudaStream_t stream);   // with a scratch without memory: only adds up what it takes
 
-// ---- cuda_blend.cu, cuda_blend_vjp.cu, cuda_ordered.cu
+// ---- cuda_blend.cu, cuda_blend_vjp.cu, cuda_fixed.cu
 struct BlendArgs {
   int64_t n;
   int32_t cameras, width, height, tiles_x, tiles_y, channels;
@@ -68,9 +68,17 @@ struct BlendArgs {
 };
 void blend(const BlendArgs& a, cudaStream_t stream);
 
-// A deterministic backward keeps a slot for every tile of every row's box, tile by tile from slot_of[row] on, with a record for each warp of the tile, and
-// adds them up in that order.
+// What blending's gradient sums up for a row: by log2 alpha = logo - u^2 - v^2 with u = a dx + b dy, v = c dy and h = d loss / d log2 alpha, over pixels h,
+// h's share of d loss / d x and d y, h dx^2, h dx dy, h dy^2, weight times v_colour; and in the full version weight times v_depth, |d loss / d x|,
+// |d loss / d y|, the weight.
+constexpr int SUMS_GEOMETRY = 6, SUMS = 9, SUMS_FULL = 13;
+// A deterministic backward adds them up as whole numbers. Sum j of a row is scaled by 2^(exponents[j] - 127), which bounds of what may be added choose, and no
+// share of it may be more than 2^(exponents[ROOM] - 127).
+constexpr int EXPONENTS = 16, ROOM = SUMS_FULL;
 constexpr int SUBS = 8;                // warps of a tile at most
+struct alignas(16) Incoming {          // the largest |v_colour|, what the loss gains or loses by all that is drawn at a pixel, |v_expected_depth|
+  float color, behind, depth, unused;
+};
 struct BlendVjpArgs {
   BlendArgs forward;
   const float *v_color, *v_alpha, *v_expected_depth, *v_features_out;
@@ -78,18 +86,18 @@ struct BlendVjpArgs {
   const int64_t* tiles;           // [C,n]
   float* tile_background;         // [C tiles,3] or null
   bool every_channel;             // blend_vjp itself takes the features' share of geometry, pixel by pixel: slow, but |d loss / d x| is not a sum over channels
-  int64_t slots;                  // deterministic: places for records, else 0
-  int64_t* slot_of;               // [C,n]
-  float* records;                 // [slots,SUBS,RECORD]
-  uint8_t* written;               // [slots,SUBS]
-  long long* fixed_features;      // [n,channels]: v_features as whole numbers, whose sum has no order
-  float* fixed_scale;             // [2]: the scale, and the largest number's bits
+  int32_t fields;                 // SUMS or SUMS_FULL
+  // Deterministic, else null; of rows with no tiles nothing is read or written.
+  long long* sums;                // [C,n,fields]
+  uint8_t* exponents;             // [C,n,EXPONENTS]
+  Incoming* incoming;             // [C tiles + C]: by tile, and by camera
+  long long* features_sums;       // [n,channels]: of v_features, if that is wanted
+  float* features_scale;          // [3]: of those sums; the largest |v_features_out|, the largest |feature|
 };
-constexpr int RECORD = 16;             // a gradient record, the weight, and three numbers that align it
 void blend_vjp(const BlendVjpArgs& a, cudaStream_t stream);
-// Deterministic: before, where each row's records stand; after everything that leaves records, their sums.
-void sum_slots(const BlendVjpArgs& a, cudaStream_t stream);
-void count_slots(const BlendVjpArgs& a, int32_t* count, void* temporary, size_t bytes, cudaStream_t stream);
+// Deterministic: before, the exponents, and all sums 0; after everything that adds to them, v_splats and weight_sums.
+void start_sums(const BlendVjpArgs& a, cudaStream_t stream);
+void finish_sums(const BlendVjpArgs& a, cudaStream_t stream);
 
 // ---- cuda_features.cu
 void blend_features(const BlendArgs& a, cudaStream_t stream);

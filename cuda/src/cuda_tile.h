@@ -75,10 +75,6 @@ struct Walk {
 
   // Keeps what may touch the sub-tile; returns how many.
   template <class S> __device__ int next(const BlendArgs& a, const S& sub, Kept& kept) {
-    return next(a, sub, kept, [](int, int) {});
-  }
-  // also(place, row) of each that is kept.
-  template <class S, class F> __device__ int next(const BlendArgs& a, const S& sub, Kept& kept, F&& also) {
     __syncwarp();   // nobody still reads what was kept before
     const bool touches = at + lane < end && sub.touched_by(a, record.gaussian());
     const unsigned mask = __ballot_sync(FULL, touches);
@@ -86,7 +82,6 @@ struct Walk {
     if (touches) {
       kept.records[place] = record;
       kept.rows[place] = row;
-      also(place, row);
     }
     if (lane < 4 && count + lane < PADDED) {
       kept.records[count + lane] = {{make_float4(0, 0, 0, 0), make_float4(0, -1e30f, 0, 0), make_float4(0, 0, 0, 0)}};
@@ -100,10 +95,22 @@ struct Walk {
   }
 };
 
-// Where the record of a row and a tile stands.
-__device__ inline int64_t slot_at(const BlendVjpArgs& v, int64_t row, int tile) {
-  const TileSpan box = unpacked(v.tiles[row]);
-  return v.slot_of[row] + (int64_t)(tile / v.forward.tiles_x - box.y0) * (box.x1 - box.x0) + tile % v.forward.tiles_x - box.x0;
+// Where each sum of a row stands in its gradient record, and behind that the weight.
+__device__ constexpr int FIELD[SUMS_FULL] = {SK_LOGO, SK_X, SK_Y, SK_A, SK_B, SK_C, SK_R, SK_G, SK_BLUE, SK_Z, SK_RX, SK_RY, SK_SPLAT};
+
+// Sums of whole numbers stay within 2^61; what is not finite lifts its sum so far above that no others bring it back.
+__device__ constexpr long long WHOLE_MAX = 1ll << 61, WHOLE_NAN = 3 * WHOLE_MAX;
+__device__ inline void add_whole(long long* sum, float scaled, float most) {
+  if (abs(scaled) < INFINITY)
+    atomicAdd((unsigned long long*)sum, (unsigned long long)__float2ll_rn(clamp(scaled, -most, most)));
+  else
+    atomicMax(sum, WHOLE_NAN);
+}
+__device__ inline float number_of(long long sum) { return sum > WHOLE_MAX ? NAN : (float)sum; }
+
+// Adds to sum j of a row, which has these sums and exponents.
+__device__ inline void add_share(long long* sums, const uint8_t* exponents, int j, float share) {
+  add_whole(sums + j, share * from_bits((int)exponents[j] << 23), from_bits((int)exponents[ROOM] << 23));
 }
 
 }  // namespace sk

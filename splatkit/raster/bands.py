@@ -67,8 +67,7 @@ def band_gradients(band: Band, v_color: Float[Tensor, "H W 3"] | None, v_alpha: 
     lib, (n, (height, width)), settings = native.library_of(band.splats), (len(band.splats), band.alpha.shape), band.settings
     v_splats, weights = torch.empty_like(band.splats), band.splats.new_empty(n)
     given = lambda x: None if x is None else x.contiguous()
-    slots = max(1, int(band.counts[0, 1])) if lib.needs_scratch and settings[CONST["SK_DETERMINISTIC"]] else 0
     lib.sk_blend_vjp(n, 1, width, height, 0, settings, band.splats, band.tiles, band.counts, None, band.background, band.pairs, band.tile_offsets, band.color,
                      band.alpha, band.expected_depth, None, given(v_color), given(v_alpha), given(v_expected_depth), None, v_splats, None, None, weights,
-                     *lib.room("BLEND_VJP", n, 1, width, height, 0, slots))
+                     *lib.room("BLEND_VJP", n, 1, width, height, 0, int(settings[CONST["SK_DETERMINISTIC"]])))
     return v_splats, weights

@@ -87,9 +87,9 @@ def splat_gradients(r: Recorded, v_color: Float[Tensor, "H W 3"], stats: RasterS
     """Gradient by the projected Gaussians (records of splatkit.h) from that by the picture's colour; fills `stats`."""
     lib, camera, n = native.library_of(r.splats), r.camera, len(r.radii_px)
     v_splats, weights = torch.empty_like(r.splats), r.splats.new_empty(1, n) if stats is not None else None
-    slots = max(1, _boxes(r.tiles)) if lib.needs_scratch and r.settings[CONST["SK_DETERMINISTIC"]] else 0
     lib.sk_blend_vjp(n, 1, camera.width, camera.height, 0, r.settings, r.splats, r.tiles, r.counts, None, _given(r.background), r.pairs, r.tile_offsets, r.color, r.alpha,
-                     None, None, v_color.contiguous(), None, None, None, v_splats, None, None, weights, *lib.room("BLEND_VJP", n, 1, camera.width, camera.height, 0, slots))
+                     None, None, v_color.contiguous(), None, None, None, v_splats, None, None, weights,
+                     *lib.room("BLEND_VJP", n, 1, camera.width, camera.height, 0, int(r.settings[CONST["SK_DETERMINISTIC"]])))
     if stats is not None:
         stats.add_view(v_splats[0, :, CONST["SK_X"]:CONST["SK_Y"] + 1], v_splats[0, :, CONST["SK_RX"]:CONST["SK_RY"] + 1], weights[0], r.radii_px, camera.width, camera.height)
     return v_splats[0]
@@ -288,11 +288,10 @@ def _rasterize_vjp(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opaci
     v_background = new(C, 3) if want_background else new(0)
     weights = new(C, N) if want_stats else new(0)
     some = lambda x: x if x.numel() else None
-    slots = max(1, _boxes(tiles)) if lib.needs_scratch and settings[CONST["SK_DETERMINISTIC"]] else 0
     lib.sk_blend_vjp(N, C, width, height, F, settings, splats, tiles, counts, _given(features), _given(background), pairs, tile_offsets, some(color), alpha,
                      some(expected_depth), some(features_out), _given(v_color), _given(v_alpha), _given(v_expected_depth),
                      _given(v_features_out) if F else None, v_splats, _if(want_features and F, v_features), _if(want_background, v_background),
-                     _if(want_stats, weights), *lib.room("BLEND_VJP", N, C, width, height, F, slots))
+                     _if(want_stats, weights), *lib.room("BLEND_VJP", N, C, width, height, F, int(settings[CONST["SK_DETERMINISTIC"]])))
     v_means, v_quats, v_log_scales, v_logits, v_sh, v_pose, v_K = project_vjp(means, quats, log_scales, logit_opacities, sh, world_to_cam, K, rows, width, height,
                                                                               sh_degree, settings, radii, v_splats, want_sh, want_pose, want_K)
     return v_means, v_quats, v_log_scales, v_logits, v_sh, v_features, v_pose, v_K, v_background, v_splats, weights
@@ -372,12 +371,6 @@ def uplift_native(scene: Scene, camera: Cameras, feature_map: Tensor, settings: 
     splats, _, _, pairs, tile_offsets = out[6:]
     lib.sk_uplift(N, camera.width, camera.height, feature_map.shape[-1], packed_settings(settings), splats, pairs, tile_offsets,
                   feature_map.contiguous(), sums, weights, *lib.room("UPLIFT"))
-
-
-def _boxes(tiles: Tensor) -> int:
-    """Tiles of all boxes: the records of a deterministic backward."""
-    x0, x1, y0, y1 = (tiles >> bits & 0xFFF for bits in (0, 12, 24, 36))
-    return int(((x1 - x0) * (y1 - y0)).sum())
 
 
 def _given(x: Tensor | None) -> Tensor | None:

@@ -17,7 +17,7 @@
 #define SK_DYNAMIC_SHARED(name) char* name = emulator::dynamic_shared
 
 struct float2 { float x, y; };
-struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct dim3 {
@@ -112,7 +112,7 @@ inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 inline long long __float2ll_rn(float x) { return llrintf(x); }
 
 template <class T> T atomicAdd(T* p, T x) { return emulator::atomically(p, [x](T old) { return (T)(old + x); }); }
-inline unsigned atomicMax(unsigned* p, unsigned x) { return emulator::atomically(p, [x](unsigned old) { return old > x ? old : x; }); }
+template <class T> T atomicMax(T* p, T x) { return emulator::atomically(p, [x](T old) { return old > x ? old : x; }); }
 
 typedef struct Stream* cudaStream_t;
 enum cudaError_t { cudaSuccess = 0 };

@@ -113,7 +113,6 @@ class Library:
             raise BackendUnavailable(f"{path.name} was built from another splatkit.h ({abi}; the package has {ABI}); reinstall splatkit")
         for entry in ENTRIES.values():
             setattr(self, entry.name, self._method(entry))
-        self.needs_scratch = self.room("L1_SSIM")[1] > 0
 
     def _function(self, entry: Entry):
         function = getattr(self._dll, entry.name)

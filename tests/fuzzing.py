@@ -33,6 +33,7 @@ from splatkit.lift.weights import load_weights
 from splatkit.scene import Scene
 
 SECONDS_MAX = 2.0
+SECONDS_SILENT = 12.0       # of a worker, which times itself: it is killed, for what it reads never ends
 BYTES_MAX = 64 << 20        # and 4 times the file or the result
 
 
@@ -154,7 +155,7 @@ def _unpacked_spz(folder: Path) -> list[Path]:
 
 
 def _read_unpacked_spz(folder: Path) -> int:
-    (folder / "s.spz").write_bytes(gzip.compress((folder / "s.raw").read_bytes(), 1))
+    _write(folder / "s.spz", gzip.compress((folder / "s.raw").read_bytes(), 1))
     return _read_scene(folder / "s.spz")
 
 
@@ -247,7 +248,7 @@ def fuzz(name: str, count: int, seed: int, folder: Path) -> Verdict:
             worker.start()
         theirs.close()
         try:
-            while done < count and ours.poll(4 * SECONDS_MAX + 4):     # the worker times itself; this is for what never ends
+            while done < count and ours.poll(SECONDS_SILENT):
                 outcome, seconds, grown = ours.recv()
                 totals[outcome if outcome in ("taken", "refused") else "wrong"] += 1
                 if outcome not in ("taken", "refused"):
@@ -278,7 +279,7 @@ def _work(name: str, first: int, count: int, seed: int, folder: Path, out) -> No
         damaged = next(per_file[i % len(files)])
         if i < first:
             continue
-        path.write_bytes(damaged)
+        _write(path, damaged)
         before, start = _peak(), time.perf_counter()
         size = 0
         try:
@@ -296,7 +297,14 @@ def _work(name: str, first: int, count: int, seed: int, folder: Path, out) -> No
         if grown > BYTES_MAX + 4 * max(len(damaged), size):
             outcome = f"took {grown >> 20} MiB ({outcome})"
         out.send((outcome, seconds, grown))
-        path.write_bytes(data)
+        _write(path, data)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Over what is there: a file that is emptied first is brought to the disk at once by some file systems, a millisecond each time."""
+    with path.open("r+b") as file:
+        file.write(data)
+        file.truncate()
 
 
 def _peak() -> int:

@@ -1,8 +1,10 @@
 """For every test: splatkit's shape annotations are enforced, and the fixtures that stand for what a machine may lack."""
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from jaxtyping import config, install_import_hook
 
 # Before the first import of splatkit. Users pay nothing for the annotations; here every call is checked against them. As for every
@@ -17,6 +19,24 @@ def data_dir() -> Path:
     folder = Path(os.environ.get("SPLATKIT_DATA") or REPO.parent / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is absent (SPLATKIT_DATA names another folder)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def once_per_run(tmp_path_factory):
+    """`once_per_run(name, fill)`: a folder that `fill(folder)` has filled, in one of the processes that share out the tests; none may change it after."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder(name, fill):
+        place, filled = root / name, root / f"{name}.filled"
+        with FileLock(root / f"{name}.lock"):
+            if not filled.exists():
+                shutil.rmtree(place, ignore_errors=True)        # of one that failed
+                place.mkdir()
+                fill(place)
+                filled.touch()
+        return place
     return folder
 
 

@@ -20,7 +20,7 @@ def get(viewer, path: str, *headers: tuple[str, str], body: bytes = b"") -> tupl
         return raw.request("POST" if body else "GET", path, [("Host", f"127.0.0.1:{viewer.port}"), ("Authorization", f"Bearer {viewer.gate.token}"), *headers], body)
 
 
-def wait_for(condition, seconds: float = 20) -> None:
+def wait_for(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

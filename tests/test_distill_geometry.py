@@ -133,7 +133,7 @@ def test_features_are_shown_while_a_backbone_learns(tmp_path, monkeypatch):
     class Looking(distill_view.Watching):
         def stepped(self, run):
             super().stepped(run)
-            self.viewer.worker.submit(lambda: states.append(self.shown.present.scene.features.clone())).result(30)
+            self.viewer.worker.submit(lambda: states.append(self.shown.present.scene.features.clone())).result(120)
     watching = Looking(said.append)
     try:
         distill(settings(tmp_path, steps=2), watcher=watching)

@@ -126,14 +126,14 @@ def in_two_processes(tmp_path, config_file: Path, rest: tuple[str, ...] = (), ki
     for child in children:
         child.start()
     if kill is not None:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 240
         while not once.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         (tmp_path / "kept").mkdir()
         shutil.copy(once, tmp_path / "kept")
         children[kill].kill()
     for child in children:
-        child.join(100)
+        child.join(300)
     return [child.exitcode for child in children], [path.read_text() for path in said]
 
 

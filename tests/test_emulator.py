@@ -26,16 +26,9 @@ WIDER = {"depth alone": 5e-5, "row ranges": 5e-5}
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
+def built(once_per_run):
     """Where the real kernels, compiled in a mode of the emulator, are."""
-    folders = {}
-
-    def of(mode: str) -> Path:
-        if mode not in folders:
-            folder = tmp_path_factory.mktemp(mode)
-            folders[mode] = build(folder, mode).parent
-        return folders[mode]
-    return of
+    return lambda mode: once_per_run(f"emulator-{mode}", lambda folder: build(folder, mode))
 
 
 def library(folder: Path, monkeypatch) -> native.Library:

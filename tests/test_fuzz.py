@@ -36,4 +36,5 @@ def test_what_a_reader_must_not_do_is_noticed(tmp_path, monkeypatch, harm, seen)
         return 0
     monkeypatch.setitem(READERS, "bad", Reader(make, read))
     monkeypatch.setattr(fuzzing, "SECONDS_MAX", 0.1)
+    monkeypatch.setattr(fuzzing, "SECONDS_SILENT", 2.0)
     assert any(re.search(seen, line) for line in fuzz("bad", 1 if "hang" in seen else 10, 2, tmp_path).wrong)

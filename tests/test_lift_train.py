@@ -45,7 +45,7 @@ def sample() -> Sample:
 def learnt(tmp_path_factory, cpu_library) -> Path:
     """A run of the small network."""
     folder = tmp_path_factory.mktemp("learnt")
-    lift_train(settings(folder / "run", steps=110, hold=4, hold_every=10**6, lr=3e-3, warmup=10, width=48, height=48))
+    lift_train(settings(folder / "run", steps=80, rooms=24, cache=folder / "rooms", hold=4, hold_every=10**6, lr=3e-3, warmup=10, width=48, height=48))
     return folder / "run"
 
 

@@ -122,7 +122,7 @@ def test_the_pool_survives_a_fork(set_threads):
             status = 0
         finally:
             os._exit(status)     # neither pytest nor anything else of the parent's may run here
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
         time.sleep(0.01)
     if ended == (0, 0):
@@ -149,7 +149,7 @@ def test_four_python_threads_draw_at_once(set_threads):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=120)
     assert not wrong and not any(thread.is_alive() for thread in threads), wrong
 
 
@@ -359,14 +359,27 @@ def test_the_operator_passes_opcheck():
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from /proc")
 def test_memory_of_features_is_a_small_multiple_of_the_features():
-    N, F = 20_000, 256
-    kilobytes = lambda key: int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
-    scene, view = random_scene(N, degree=0, channels=F, dtype=F32), ring(1, width=128, height=128, dtype=F32)
+    program = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, "tests")
+from backends import random_scene, ring
+from splatkit import raster
+N, F = 20_000, 256
+kilobytes = lambda key: int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
+def back_and_forth(n):
+    scene, view = random_scene(n, degree=0, channels=F, dtype=torch.float32), ring(1, width=128, height=128, dtype=torch.float32)
     scene = scene.replace(log_scales=scene.log_scales - 0.7).requires_grad_()
     before = kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")       # the peak starts anew from here
     out = raster.render(scene, view, outputs=("features",), backend="cpu")
     out.features.backward(torch.ones(()).expand_as(out.features))
-    used = (kilobytes("VmHWM") - before) * 1024 / (N * F * 4)
-    # Measured 5.1 to 5.6: the gradient 1, the picture and its gradient 0.8 each, weight lists of at most 48 MiB 2.5, 118k pair records 0.4.
-    assert 1 < used < 7
+    return kilobytes("VmHWM") - before
+back_and_forth(10)      # brings the code itself into memory
+print(back_and_forth(N) * 1024 / (N * F * 4))
+"""
+    # In a process of its own: one that has held more before takes from what it did not give back, and other threads come and go in it.
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Measured 5.6: the gradient 1, the picture and its gradient 0.8 each, weight lists of at most 48 MiB 2.5, 118k pair records 0.4.
+    assert 1 < float(done.stdout) < 7, done.stdout

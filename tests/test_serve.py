@@ -98,7 +98,7 @@ def test_without_acknowledgement_nothing_further_is_sent(two):
     client.raw.socket.settimeout(0.3)
     with pytest.raises(TimeoutError):
         client.take()
-    client.raw.socket.settimeout(10)
+    client.raw.socket.settimeout(30)
     client.raw.say(type="ack", frame=1)
     client.planes = ("core", "sh")
     client.take_all()

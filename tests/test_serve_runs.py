@@ -54,7 +54,7 @@ def watched(photos, tmp_path_factory, cpu_library):     # noqa: F811
         done = True
     finally:
         watching.close(done)
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
     return folder / "run", found["page"], lines, found["photo"], config
 

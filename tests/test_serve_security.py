@@ -15,6 +15,7 @@ import pytest
 import torch
 from mutants import mutants
 from raw import Raw, ended, joined
+from served import wait_for
 
 from splatkit import Scene, gate
 from splatkit.capture import Photo, SceneHeader
@@ -190,7 +191,7 @@ def test_the_token_is_printed_once_and_is_in_no_argument_and_no_log(tmp_path):
         raw.close()
         argv = Path(f"/proc/{program.pid}/cmdline").read_text() if sys.platform == "linux" else ""
         program.send_signal(2)
-        out, err = program.communicate(timeout=20)
+        out, err = program.communicate(timeout=120)
     finally:
         program.kill()
     assert len(token) == 22 and program.returncode == 0
@@ -289,7 +290,7 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def settled(count, seconds: float = 5) -> bool:
+def settled(count, seconds: float = 30) -> bool:
     """Whether `count` descriptors are reached again."""
     end = time.monotonic() + seconds
     while descriptors() > count and time.monotonic() < end:
@@ -310,6 +311,17 @@ def test_seventeen_pages_are_one_too_many(viewer):
             raw.close()
 
 
+def alive(raw: Raw) -> bool:
+    """Whether the server has not closed a connection on which it says nothing."""
+    raw.socket.setblocking(False)
+    try:
+        return raw.socket.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
 
 
@@ -319,17 +331,8 @@ def test_connections_beyond_the_limit_are_closed_and_descriptors_come_back(viewe
     before, open_files = descriptors(), []
     raws = [Raw(viewer.port) for _ in range(300)]
     try:
-        time.sleep(0.3)
-        alive = 0
-        for raw in raws:
-            raw.socket.setblocking(False)
-            try:
-                alive += raw.socket.recv(1) != b""
-            except BlockingIOError:
-                alive += 1
-            except ConnectionError:
-                pass
-        assert alive <= gate.SOCKETS_MAX and descriptors() <= before + 300 + gate.SOCKETS_MAX
+        wait_for(lambda: sum(map(alive, raws)) <= gate.SOCKETS_MAX, seconds=8)       # sooner than those are closed that send no header
+        assert descriptors() <= before + 300 + gate.SOCKETS_MAX
         open_files = [open(os.devnull) for _ in range(100)]     # what a run needs to save
     finally:
         for x in [*raws, *open_files]:
@@ -356,7 +359,7 @@ def test_half_headers_are_closed_in_time(monkeypatch):
         for raw in [*raws, used]:
             assert raw.socket.recv(1) == b""
         assert "token" in ended(silent)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 8      # HEADER_SECONDS is 10 where nobody changed it
         for raw in [*raws, silent, used]:
             raw.close()
         assert settled(before)
@@ -409,7 +412,7 @@ def test_mutated_messages_leave_no_traceback_no_descriptor_and_a_server_that_ans
     with Raw(viewer.port) as raw:
         assert raw.request("GET", "/api/scenes", with_token(viewer))[0] == 200
     assert settled(before)
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while viewer.clients and time.monotonic() < end:
         time.sleep(0.02)
     assert not viewer.clients
@@ -420,7 +423,7 @@ def test_mutated_messages_leave_no_traceback_no_descriptor_and_a_server_that_ans
 def test_mutated_requests_end_in_an_answer_or_a_closed_connection(viewer, capfd, caplog):
     request = f"GET /api/scene/0/chunk/0/core?version=1 HTTP/1.1\r\nHost: 127.0.0.1:{viewer.port}\r\nAuthorization: Bearer {viewer.gate.token}\r\nRange: bytes=0-5\r\nConnection: close\r\n\r\n"
     for data in mutants(request.encode(), 300, 9):
-        with Raw(viewer.port, timeout=5) as raw:
+        with Raw(viewer.port) as raw:
             try:
                 raw.send(data)
                 raw.socket.shutdown(1)

@@ -31,7 +31,7 @@ class Steps:
         """One step, once a copy is due."""
         self.scene, self.step = scene, self.step + 1
         self.live.follow(edit, len(scene), self.step, "cpu")
-        end = time.monotonic() + 10
+        end = time.monotonic() + 30
         while not self.live.due() and time.monotonic() < end:
             time.sleep(0.005)
         self.live.take(scene, self.step, {"age": self.step - self.live.born})
@@ -105,7 +105,7 @@ def test_higher_bands_are_copied_only_while_somebody_looks_at_them(steps):
     run = steps(scene_of(50, 2))
     run.shown.wanted = math.inf
     run.go(run.scene.replace(means=run.scene.means + 1))
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while run.shown.state.step != 1 and time.monotonic() < end:
         time.sleep(0.01)
     assert not run.shown.state.complete
@@ -115,7 +115,7 @@ def test_higher_bands_are_copied_only_while_somebody_looks_at_them(steps):
     while run.shown.sh_wanted == 0 and time.monotonic() < end:
         time.sleep(0.01)
     run.go(run.scene.replace(means=run.scene.means + 1))
-    thread.join(10)
+    thread.join(60)
     assert fetched[0][0] == 200 and fetched[0][2] == wire.sh(run.scene)
 
 
@@ -124,7 +124,7 @@ def test_no_copy_is_made_while_nobody_looks(steps):
     assert not run.live.due()
     client = Page(run.viewer)
     client.take_all()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while not run.live.due() and time.monotonic() < end:
         time.sleep(0.01)
     assert run.live.due()
@@ -132,17 +132,17 @@ def test_no_copy_is_made_while_nobody_looks(steps):
 
 
 def test_a_page_that_has_all_keeps_the_run_handing_copies_over_however_seldom_they_come(steps, monkeypatch):
-    monkeypatch.setattr(clients, "WANTED_SECONDS", 0.4)
+    monkeypatch.setattr(clients, "WANTED_SECONDS", 0.8)
     run = steps(scene_of(50, 0))
     client = Page(run.viewer)
     client.take_all()
-    time.sleep(1.0)         # nothing is said in that time
+    time.sleep(1.7)         # nothing is said in that time
     assert time.monotonic() < run.shown.wanted
     client.raw.close()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while run.viewer.clients and time.monotonic() < end:
         time.sleep(0.01)
-    time.sleep(0.6)
+    time.sleep(1.0)
     assert time.monotonic() > run.shown.wanted
 
 
@@ -173,7 +173,7 @@ def test_a_copy_does_not_change_when_the_run_goes_on(steps):
         run.go(run.scene.replace(means=expected.clone()))
         run.scene.means.fill_(math.nan)
         run.scene = run.scene.replace(means=expected)
-        end = time.monotonic() + 5
+        end = time.monotonic() + 30
         while run.shown.state.step != run.step and time.monotonic() < end:
             time.sleep(0.002)
         assert torch.equal(run.shown.state.scene.means, expected)
@@ -186,7 +186,7 @@ def test_age_follows_the_edits_of_rows(steps):
     run.go(run.scene, Edit(torch.tensor([0, 1, 1, 0]), torch.tensor([False, False, True, False])))
     run.scene = scene_of(4, 0)
     run.go(run.scene)
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while run.shown.state.step != 3 and time.monotonic() < end:
         time.sleep(0.01)
     status, _, data = get(run.viewer, "/api/scene/0/chunk/0/heat?name=age")

@@ -303,7 +303,7 @@ def test_a_worker_does_not_outlive_who_started_it(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         worker.wait(1)
     worker.stdin.close()
-    assert worker.wait(20) == 1
+    assert worker.wait(60) == 1
 
 
 # Films

@@ -225,7 +225,7 @@ void draw_named() {
     for (const double* settings : {DEFAULT, SMOOTH})
       for (double antialias : {0.0, 1.0}) {
         Random g{7};
-        Drawing d(g, 40, 2, 40, 33, 3, 5);
+        Drawing d(g, 40, 2, 24, 19, 3, 5);
         d.settings.assign(settings, settings + SK_SETTINGS);
         d.settings[SK_ANTIALIAS] = antialias;
         named.change(d);

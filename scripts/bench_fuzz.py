@@ -29,7 +29,7 @@ from mutants import mutants     # noqa: E402: of the tests' folder
 SECONDS_MAX, BYTES_MAX, BYTES_KILLED = 5.0, 1 << 30, 3 << 30
 FILES = ["guitar.compressed.ply", "monkey.sog", "playbot_lod4.ply", "playbot_lod4.v4.spz", "playbot_lod4.v3.spz", "playbot_lod4.c0.sh2.ksplat", "playbot_lod4.c1.sh1.ksplat",
          "playbot_lod4.splat", "inria_100_trailing_bytes.ply", "cube_ascii.ply", "cube_v2.spz"]
-PIP = ["numpy", "plyfile==1.1.5", "gsply==0.4.6", "open3d>=0.19,<0.21"]
+PIP = ["numpy", "plyfile==1.1.5", "gsply[spz]==0.4.6", "open3d>=0.19,<0.21"]
 NPM = {"@playcanvas/splat-transform": "2.7.1", "@sparkjsdev/spark": "2.2.0", "three": "0.187.0"}
 SERVE = r'''
 import json, math, resource, sys, time, warnings

@@ -283,7 +283,7 @@ def main() -> int:
     if options.only and options.output.exists():
         before = json.loads(options.output.read_text())
         if (before["mutants"], before["seed"]) == (options.mutants, options.seed):
-            result = before
+            result |= before
     print(f"| reader | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for name in options.only or READERS:
         try:

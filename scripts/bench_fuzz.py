@@ -1,16 +1,18 @@
 """Damaged scene files in our readers and in those of others: the same mutants, the same limits. Prints a table and writes benchmarks/fuzz.json.
 
     python scripts/bench_fuzz.py                    installs the peers into a cache folder first (pip and npm); 300 mutants of each real file
-    python scripts/bench_fuzz.py --mutants 50 --only splatkit plyfile
+    python scripts/bench_fuzz.py --spz ~/spz        with Niantic's library too, compiled from a checkout of github.com/nianticlabs/spz (g++, zlib, zstd)
+    python scripts/bench_fuzz.py --only splatkit plyfile        the other rows of the file stay
 
-Needs the real files beside the project (SPLATKIT_DATA). Every reader runs in a process of its own, which is made anew after a crash, and killed after 5 s or at 3 GB.
-Open3D's legacy reader is not asked for: it corrupts its heap as the tensor one does.
+Needs the real files beside the project (SPLATKIT_DATA). Every reader runs in a process of its own, which is made anew after a crash or a trap of its WebAssembly, and killed
+after 5 s or at 3 GB. Open3D's legacy reader is not asked for: it corrupts its heap as the tensor one does. Spark decodes as in its ExtSplats, in a worker thread of node.
 """
 import argparse
 import json
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,8 +29,8 @@ from mutants import mutants     # noqa: E402: of the tests' folder
 SECONDS_MAX, BYTES_MAX, BYTES_KILLED = 5.0, 1 << 30, 3 << 30
 FILES = ["guitar.compressed.ply", "monkey.sog", "playbot_lod4.ply", "playbot_lod4.v4.spz", "playbot_lod4.v3.spz", "playbot_lod4.c0.sh2.ksplat", "playbot_lod4.c1.sh1.ksplat",
          "playbot_lod4.splat", "inria_100_trailing_bytes.ply", "cube_ascii.ply", "cube_v2.spz"]
-PIP = ["numpy", "plyfile==1.1.5", "gsply==0.4.6", "open3d>=0.19,<0.21"]
-NPM = {"@playcanvas/splat-transform": "2.7.1"}
+PIP = ["numpy", "plyfile==1.1.5", "gsply[spz]==0.4.6", "open3d>=0.19,<0.21"]
+NPM = {"@playcanvas/splat-transform": "2.7.1", "@sparkjsdev/spark": "2.2.0", "three": "0.187.0"}
 SERVE = r'''
 import json, math, resource, sys, time, warnings
 warnings.simplefilter("ignore")
@@ -57,24 +59,96 @@ READERS = {     # name: (what it opens, how it reads, what it means to raise)
     "Open3D tensor": (r".*(?<!compressed)(\.ply|\.splat|\.spz)", "import open3d as o3d\no3d.utility.set_verbosity_level(o3d.utility.VerbosityLevel.Error)\n"
                       "def read(path):\n    p = o3d.t.io.read_point_cloud(path).point\n    return [p[n].numpy() for n in p] or [np.zeros(0)]", "RuntimeError"),
     "splat-transform": (r".*", None, None),
+    "Spark": (r"(?!cube_ascii)(?!.*\.v4\.).*", None, None),
+    "spz": (r"(?!cube_ascii).*(?<!compressed)(\.ply|\.spz)", None, None),
 }
 NODE = r'''
-import { readFile, getInputFormat, MemoryReadFileSystem } from "@playcanvas/splat-transform";
 import fs from "fs"; import readline from "readline";
 console.log = console.warn = console.error = () => {};
 const peak = () => Number(/VmHWM:\s+(\d+)/.exec(fs.readFileSync("/proc/self/status", "utf8"))[1]);
+READ
 process.stdout.write("ready\n");
 for await (const path of readline.createInterface({ input: process.stdin })) {
   const base = peak();
-  let said = "taken", n = 0;
+  let said, n, finite;
   try {
-    const fileSystem = new MemoryReadFileSystem(), name = path.split("/").pop();
-    fileSystem.set(name, new Uint8Array(fs.readFileSync(path)));
-    const [table] = await readFile({ filename: name, inputFormat: getInputFormat(name), options: { unbundled: false, lodSelect: [] }, params: [], fileSystem });
-    n = table.numRows;
-    if (!n) said = "empty"; else if (table.columns.some((c) => c.data.some((v) => !Number.isFinite(v)))) said = "not finite";
-  } catch (why) { said = why?.constructor?.name === "Error" ? "refused" : "foreign"; }
+    [n, finite] = await read(path.split("/").pop(), new Uint8Array(fs.readFileSync(path)));
+    said = !n ? "empty" : finite ? "taken" : "not finite";
+  } catch (why) {
+    n = why?.constructor?.name ?? "";
+    said = n === "RuntimeError" ? "crash" : n === "Error" ? "refused" : "foreign";       // the first: WebAssembly's, of a trap
+  }
   process.stdout.write(JSON.stringify([said, n, peak() - base]) + "\n");
+}
+'''
+NODE_READS = {
+    "splat-transform": r'''
+import { readFile, getInputFormat, MemoryReadFileSystem } from "@playcanvas/splat-transform";
+async function read(name, bytes) {
+  const fileSystem = new MemoryReadFileSystem();
+  fileSystem.set(name, bytes);
+  const [table] = await readFile({ filename: name, inputFormat: getInputFormat(name), options: { unbundled: false, lodSelect: [] }, params: [], fileSystem });
+  return [table.numRows, table.columns.every((c) => c.data.every(Number.isFinite))];
+}
+''',
+    # Its worker is a browser's: a thread of node gets the names that it uses, and what it throws goes over with its class, which a message does not keep.
+    "Spark": r'''
+import { Worker as Thread } from "worker_threads";
+import { ExtSplats } from "@sparkjsdev/spark";
+const SELF = `
+const { parentPort } = require("worker_threads"), listeners = new Set();
+globalThis.self = globalThis;
+console.log = console.warn = console.error = () => {};
+self.addEventListener = (kind, act) => kind === "message" && listeners.add(act);
+self.removeEventListener = (kind, act) => listeners.delete(act);
+self.postMessage = (m, o) => parentPort.postMessage(m.error === undefined ? m : { id: m.id, error: { threw: m.error?.constructor?.name ?? "?" } }, o?.transfer);
+parentPort.on("message", (data) => [...listeners].forEach((act) => act({ data })));
+`;
+globalThis.Worker = class {
+  constructor(url) {
+    this.thread = new Thread(SELF + decodeURIComponent(url.slice(url.indexOf(",") + 1)), { eval: true });
+    this.thread.on("message", (data) => this.onmessage({ data }));
+  }
+  postMessage(message, { transfer } = {}) { this.thread.postMessage(message, transfer); }
+};
+async function read(fileName, fileBytes) {
+  const splats = new ExtSplats({ fileBytes, fileName });
+  await splats.initialized.catch((why) => {
+    throw why?.threw ? new ({ RuntimeError: WebAssembly.RuntimeError, Error, String: Error }[why.threw] ?? TypeError)() : why;
+  });
+  let finite = true;
+  splats.forEachSplat((i, center, scales, quaternion, opacity, color) => {
+    finite &&= [...center, ...scales, ...quaternion, opacity, color.r, color.g, color.b].every(Number.isFinite);
+  });
+  return [splats.numSplats, finite];
+}
+''',
+}
+SPZ = r'''
+#include <sys/resource.h>
+#include <cmath>
+#include <iostream>
+#include <typeinfo>
+#include "load-spz.h"
+static long peak() { rusage use; getrusage(RUSAGE_SELF, &use); return use.ru_maxrss; }
+int main() {
+    std::cout << "ready" << std::endl;
+    for (std::string path; std::getline(std::cin, path);) {
+        const long base = peak();
+        std::string said = "taken", what = "0";
+        try {
+            const bool ply = path.size() > 4 && path.substr(path.size() - 4) == ".ply";
+            const spz::GaussianCloud cloud = ply ? spz::loadSplatFromPly(path, {}) : spz::loadSpz(path, {});
+            what = std::to_string(cloud.numPoints);
+            if (!cloud.numPoints) said = "refused";     // as its README says of an empty cloud
+            for (const auto *values : {&cloud.positions, &cloud.scales, &cloud.rotations, &cloud.alphas, &cloud.colors, &cloud.sh})
+                for (float value : *values) if (!std::isfinite(value)) said = "not finite";
+        } catch (const std::exception &why) {
+            said = "foreign";
+            what = typeid(why).name();
+        }
+        std::cout << "[\"" << said << "\", \"" << what << "\", " << peak() - base << "]" << std::endl;
+    }
 }
 '''
 COLUMNS = ["files", "crash", "hang", "over 1 GB", "refused", "foreign", "empty", "not finite", "cut and taken", "taken"]
@@ -114,24 +188,43 @@ class Worker:
         self.process.wait()
 
 
-def commands(peers: Path | None, only: list[str] | None) -> dict[str, list[str]]:
-    """How each reader that can run here is started."""
-    found = {}
-    wanted = [name for name in READERS if not only or name in only]
-    if peers and any(name not in ("splatkit", "splat-transform") for name in wanted) and not (peers / "bin" / "python").exists():
+def started(name: str, peers: Path | None, spz: Path | None) -> tuple[list[str], str]:
+    """How a reader is started here, and the version of a peer. Installs or compiles it where it is not; raises LookupError where it cannot be had."""
+    _, read, clean = READERS[name]
+    if name == "splatkit":
+        return [sys.executable, "-c", SERVE.replace("READ", read, 1).replace("CLEAN", clean)], ""
+    if peers is None:
+        raise LookupError("--peers none")
+    peers.mkdir(parents=True, exist_ok=True)
+    if name == "spz":
+        return compiled(peers, spz)
+    if name in NODE_READS:
+        package = "@sparkjsdev/spark" if name == "Spark" else "@playcanvas/splat-transform"
+        if not shutil.which("npm"):
+            raise LookupError("npm is absent")
+        if not (peers / "node_modules" / package).exists():
+            subprocess.run(["npm", "install", "--no-save", "--ignore-scripts", "--no-audit", "--no-fund", *(f"{n}@{v}" for n, v in NPM.items())], cwd=peers, check=True, stdout=sys.stderr)
+        (peers / f"{name}.mjs").write_text(NODE.replace("READ", NODE_READS[name], 1))
+        return ["node", str(peers / f"{name}.mjs")], json.loads((peers / "node_modules" / package / "package.json").read_text())["version"]
+    if not (peers / "bin" / "python").exists():
         venv.create(peers, with_pip=True)
         subprocess.run([peers / "bin" / "pip", "install", "-q", *PIP], check=True, stdout=sys.stderr)
-    if peers and "splat-transform" in wanted:
-        if not (peers / "node_modules").exists():
-            subprocess.run(["npm", "install", "--no-save", "--ignore-scripts", "--no-audit", "--no-fund", *(f"{n}@{v}" for n, v in NPM.items())], cwd=peers, check=True, stdout=sys.stderr)
-        (peers / "serve.mjs").write_text(NODE)
-        found["splat-transform"] = ["node", str(peers / "serve.mjs")]
-    for name in wanted:
-        if name == "splatkit" or peers and name != "splat-transform":
-            _, read, clean = READERS[name]
-            python = sys.executable if name == "splatkit" else str(peers / "bin" / "python")
-            found[name] = [python, "-c", SERVE.replace("READ", read, 1).replace("CLEAN", clean)]
-    return {name: found[name] for name in wanted if name in found}
+    python = str(peers / "bin" / "python")
+    said = subprocess.run([python, "-c", f"import importlib.metadata as m; print(m.version({name.split()[0].lower()!r}))"], capture_output=True, text=True, check=True).stdout.strip()
+    return [python, "-c", SERVE.replace("READ", read, 1).replace("CLEAN", clean)], said
+
+
+def compiled(peers: Path, spz: Path | None) -> tuple[list[str], str]:
+    """Niantic's library behind the lines of a Worker."""
+    if spz is None:
+        raise LookupError("no --spz, a checkout of github.com/nianticlabs/spz")
+    if not (spz / "src" / "cc" / "load-spz.cc").exists():
+        raise LookupError(f"{spz} has no src/cc/load-spz.cc: no checkout of github.com/nianticlabs/spz")
+    (peers / "spz.cc").write_text(SPZ)
+    subprocess.run(["g++", "-std=c++17", "-O2", "-I", spz / "src" / "cc", peers / "spz.cc", *sorted((spz / "src" / "cc").glob("*.cc")), "-lz", "-lzstd", "-o", peers / "spz-reader"], check=True)
+    number = re.search(r"VERSION (\d+\.\d+\.\d+)", (spz / "CMakeLists.txt").read_text())[1]
+    commit = subprocess.run(["git", "-C", spz, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return [str(peers / "spz-reader")], f"{number} {commit}".strip()
 
 
 def tried(name: str, command: list[str], data: Path, count: int, seed: int, folder: Path) -> Counter:
@@ -181,17 +274,27 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=READERS)
     parser.add_argument("--peers", default="~/.cache/splatkit/fuzz-peers", help="where the peers are or are installed; none: without them")
+    parser.add_argument("--spz", type=Path, help="a checkout of github.com/nianticlabs/spz; without it that reader is left out")
     parser.add_argument("--output", type=Path, default=REPO / "benchmarks" / "fuzz.json")
     options = parser.parse_args()
     data = Path(os.environ.get("SPLATKIT_DATA") or REPO.parent / "shared" / "data") / "splats"
     peers = None if options.peers == "none" else Path(options.peers).expanduser().resolve()
-    result = {"mutants": options.mutants, "seed": options.seed, "readers": {}}
+    result = {"mutants": options.mutants, "seed": options.seed, "versions": {}, "readers": {}}
+    if options.only and options.output.exists():
+        before = json.loads(options.output.read_text())
+        if (before["mutants"], before["seed"]) == (options.mutants, options.seed):
+            result |= before
     print(f"| reader | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
-    for name, command in commands(peers, options.only).items():
+    for name in options.only or READERS:
+        try:
+            command, number = started(name, peers, options.spz and options.spz.expanduser().resolve())
+        except LookupError as why:
+            print(f"{name} is left out: {why}", file=sys.stderr)
+            continue
         with tempfile.TemporaryDirectory() as folder:
             total = tried(name, command, data, options.mutants, options.seed, Path(folder))
-        result["readers"][name] = dict(total)
-        print(f"| {name} | {' | '.join(str(total[column]) for column in COLUMNS)} |", flush=True)
+        result["readers"][name], result["versions"][name] = dict(total), number or "this one"
+        print(f"| {f'{name} {number}'.strip()} | {' | '.join(str(total[column]) for column in COLUMNS)} |", flush=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

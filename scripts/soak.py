@@ -2,6 +2,7 @@
 
     python scripts/soak.py                               everything
     python scripts/soak.py --only fuzz --mutants 5000    one part: fuzz, kills, operations, sanitizers or server
+    python scripts/soak.py --only fuzz --format SOG --format glTF       fuzz of these readers alone
 """
 import argparse
 import json
@@ -22,7 +23,7 @@ Row = tuple[str, str, bool]     # what was tried, what became of it, whether tha
 
 
 def fuzzed(options) -> Iterator[Row]:
-    for name in READERS:
+    for name in options.format or READERS:
         with tempfile.TemporaryDirectory() as folder:
             v = fuzz(name, options.mutants, options.seed, Path(folder))
         for line in v.wrong[:10]:
@@ -76,6 +77,7 @@ PARTS = {"fuzz": fuzzed, "kills": killed, "operations": stopped, "sanitizers": s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, action="append", help="this part; may be given several times")
+    parser.add_argument("--format", choices=READERS, action="append", metavar="NAME", help=f"a reader to fuzz, instead of all; may be given several times: {'; '.join(READERS)}")
     parser.add_argument("--mutants", type=int, default=20_000, help="of each reader's files")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--scenes", type=int, default=20_000, help="random scenes of each precision under the sanitizers")

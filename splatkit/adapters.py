@@ -46,7 +46,9 @@ def to_pytorch3d(cameras: Cameras):
 
 
 def from_pytorch3d(cameras) -> Cameras:
-    """The views of a PerspectiveCameras in screen space. Raises ValueError for one in NDC, without image size, or of several sizes."""
+    """The views of a PerspectiveCameras in screen space, of its K where it has one. Raises ValueError for one in NDC, without image size, or of several sizes, and for other cameras."""
+    if not cameras.is_perspective():
+        raise ValueError(f"{type(cameras).__name__} is not perspective; expected a PerspectiveCameras")
     if cameras.in_ndc():
         raise ValueError("the cameras are in NDC; make them with in_ndc=False, focal lengths and principal points in pixels, and image_size")
     sizes = {tuple(int(x) for x in row) for row in cameras.image_size} if cameras.image_size is not None else set()
@@ -55,8 +57,11 @@ def from_pytorch3d(cameras) -> Cameras:
     (height, width), = sizes
     flip = torch.tensor([-1.0, -1.0, 1.0]).to(cameras.R)
     n = len(cameras.R)
-    focal = cameras.focal_length.expand(n, 2) if cameras.focal_length.ndim == 2 else cameras.focal_length[:, None].expand(n, 2)
-    return Cameras(_poses((cameras.R * flip).transpose(1, 2), cameras.T * flip), _intrinsics(focal, cameras.principal_point.expand(n, 2)), width, height)
+    if cameras.K is not None:       # what it projects by; focal_length is 1 then
+        focal, principal = cameras.K[:, (0, 1), (0, 1)], cameras.K[:, :2, 2]
+    else:
+        focal, principal = cameras.focal_length.reshape(len(cameras.focal_length), -1), cameras.principal_point
+    return Cameras(_poses((cameras.R * flip).transpose(1, 2), cameras.T * flip), _intrinsics(focal.expand(n, 2), principal.expand(n, 2)), width, height)
 
 
 # gsplat: the dictionaries of its trainer and of its rasterization()
@@ -137,16 +142,18 @@ def to_nerfstudio(cameras: Cameras):
 
 
 def from_nerfstudio(cameras) -> Cameras:
-    """The views of a nerfstudio Cameras. Raises ValueError where they differ in size or have lens distortion."""
+    """The views of a nerfstudio Cameras, or of one that an index took out of it. Raises ValueError where they differ in size, have lens distortion or are not perspective."""
     sizes = {(int(w), int(h)) for w, h in zip(torch.as_tensor(cameras.width).flatten(), torch.as_tensor(cameras.height).flatten())}
     if len(sizes) != 1:
         raise ValueError(f"the cameras have {len(sizes)} image sizes; expected one for all")
     distortion = getattr(cameras, "distortion_params", None)
     if distortion is not None and bool((distortion != 0).any()):
         raise ValueError("the cameras have lens distortion; undistort the photos first, as load_capture does")
-    flip = torch.tensor([1.0, -1.0, -1.0]).to(cameras.camera_to_worlds)
-    rotation = (cameras.camera_to_worlds[:, :3, :3] * flip).transpose(1, 2)
-    translation = -(rotation @ cameras.camera_to_worlds[:, :3, 3:])[..., 0]
+    if bool((cameras.camera_type != 1).any()):      # nerfstudio's CameraType.PERSPECTIVE
+        raise ValueError("the cameras are not all perspective; expected camera_type CameraType.PERSPECTIVE")
+    pose = cameras.camera_to_worlds.reshape(-1, *cameras.camera_to_worlds.shape[-2:])
+    rotation = (pose[:, :3, :3] * torch.tensor([1.0, -1.0, -1.0]).to(pose)).transpose(1, 2)
+    translation = -(rotation @ pose[:, :3, 3:])[..., 0]
     flat = lambda x: x.reshape(-1)
     K = _intrinsics(torch.stack([flat(cameras.fx), flat(cameras.fy)], dim=1), torch.stack([flat(cameras.cx), flat(cameras.cy)], dim=1))
     (width, height), = sizes
@@ -163,6 +170,8 @@ def from_splatfacto(state: Mapping[str, Tensor]) -> Scene:
         raise ValueError(f"no gauss_params.{missing[0]} in the state; expected that of splatfacto")
     n = len(names["means"])
     sh = torch.cat([names["features_dc"][:, None], names["features_rest"]], dim=1)
+    if sh.shape[1] == 1:        # trained with sh_degree 0, splatfacto keeps the logits of colours
+        sh = (torch.sigmoid(sh) - 0.5) / SH_CONSTANT
     if math.isqrt(sh.shape[1]) ** 2 != sh.shape[1]:
         raise ValueError(f"features_rest has {sh.shape[1] - 1} coefficients; expected 0, 3, 8 or 15")
     return Scene(names["means"], names["quats"], names["scales"], names["opacities"].reshape(n), sh)

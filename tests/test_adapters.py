@@ -39,7 +39,7 @@ def test_pytorch3d_s_formula_gives_our_pixels():
 
 
 def test_cameras_come_back_from_pytorch3d_s_attributes():
-    a = adapters.pytorch3d_arguments(views())
+    a = adapters.pytorch3d_arguments(views()) | {"K": None, "is_perspective": lambda: True}
     back = adapters.from_pytorch3d(SimpleNamespace(**{**a, "in_ndc": lambda: False}))
     torch.testing.assert_close(back.world_to_cam, views().world_to_cam)
     torch.testing.assert_close(back.K, views().K)
@@ -49,14 +49,30 @@ def test_cameras_come_back_from_pytorch3d_s_attributes():
     sizes = torch.tensor([[48, 64], [48, 64], [24, 64]])
     with pytest.raises(ValueError, match="2 image sizes"):
         adapters.from_pytorch3d(SimpleNamespace(**{**a, "image_size": sizes, "in_ndc": lambda: False}))
+    with pytest.raises(ValueError, match="SimpleNamespace is not perspective"):
+        adapters.from_pytorch3d(SimpleNamespace(**{**a, "is_perspective": lambda: False, "in_ndc": lambda: False}))
+
+
+def test_pytorch3d_s_calibration_matrix_goes_before_its_focal_length():
+    a = adapters.pytorch3d_arguments(views())
+    matrix = torch.zeros(3, 4, 4)
+    matrix[:, :2, :3], matrix[:, 2, 3], matrix[:, 3, 2] = views().K[:, :2], 1, 1
+    given = {**a, "K": matrix, "focal_length": torch.ones(3, 2), "principal_point": torch.zeros(3, 2)}
+    back = adapters.from_pytorch3d(SimpleNamespace(**{**given, "in_ndc": lambda: False, "is_perspective": lambda: True}))
+    torch.testing.assert_close(back.K, views().K)
 
 
 def test_pytorch3d_projects_to_our_pixels():
-    pytest.importorskip("pytorch3d.renderer", reason="pytorch3d is absent")
+    theirs = pytest.importorskip("pytorch3d.renderer", reason="pytorch3d is absent")
     cameras = adapters.to_pytorch3d(views())
-    screen = cameras.transform_points_screen(POINTS.expand(3, -1, -1))[..., :2]
-    torch.testing.assert_close(screen, pixels(views()), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(adapters.from_pytorch3d(cameras).world_to_cam, views().world_to_cam)
+    by_matrix = theirs.PerspectiveCameras(R=cameras.R, T=cameras.T, K=cameras.get_projection_transform().get_matrix().transpose(1, 2), image_size=cameras.image_size, in_ndc=False)
+    for made in (cameras, by_matrix):
+        screen = made.transform_points_screen(POINTS.expand(3, -1, -1))[..., :2]
+        torch.testing.assert_close(screen, pixels(views()), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(pixels(adapters.from_pytorch3d(made)), pixels(views()))
+    for wrong, why in ((theirs.FoVPerspectiveCameras(), "in_ndc=False"), (theirs.OrthographicCameras(in_ndc=False, image_size=((48, 64),)), "OrthographicCameras is not perspective")):
+        with pytest.raises(ValueError, match=why):
+            adapters.from_pytorch3d(wrong)
 
 
 def test_gsplat_s_dictionary_is_the_scene_and_back():
@@ -99,18 +115,32 @@ def test_nerfstudio_s_cameras_look_along_minus_z_with_y_up_and_come_back():
     torch.testing.assert_close(poses[:, :, 3], views().centres)
     torch.testing.assert_close(-poses[:, :, 2], views().world_to_cam[:, 2, :3])         # forward
     assert bool((poses[:, :, 1] @ torch.tensor([0.2, -1, 0.1]) > 0).all())              # the image's up is the orbit's
-    back = adapters.from_nerfstudio(SimpleNamespace(**{name: (x[:, None] if name in ("fx", "fy", "cx", "cy") else x) for name, x in a.items()}))
+    theirs = {name: (x[:, None] if name in ("fx", "fy", "cx", "cy") else x) for name, x in a.items()} | {"camera_type": torch.ones(3, 1, dtype=torch.int64)}
+    back = adapters.from_nerfstudio(SimpleNamespace(**theirs))
     torch.testing.assert_close(back.world_to_cam, views().world_to_cam)
     torch.testing.assert_close(back.K, views().K)
     with pytest.raises(ValueError, match="lens distortion"):
-        adapters.from_nerfstudio(SimpleNamespace(**a, distortion_params=torch.tensor([[0.1, 0, 0, 0, 0, 0]])))
+        adapters.from_nerfstudio(SimpleNamespace(**theirs, distortion_params=torch.tensor([[0.1, 0, 0, 0, 0, 0]])))
+    with pytest.raises(ValueError, match="not all perspective"):
+        adapters.from_nerfstudio(SimpleNamespace(**theirs | {"camera_type": torch.tensor([[1], [2], [1]])}))
+    one = adapters.from_nerfstudio(SimpleNamespace(**{name: (x[1] if isinstance(x, torch.Tensor) else x) for name, x in theirs.items()}))
+    torch.testing.assert_close(one.world_to_cam, views().world_to_cam[1:2])
 
 
-def test_nerfstudio_takes_them():
-    cameras = pytest.importorskip("nerfstudio.cameras.cameras", reason="nerfstudio is absent")
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")      # of nerfstudio 1.1.5 itself
+def test_nerfstudio_s_rays_through_our_pixels_meet_the_points():
+    theirs = pytest.importorskip("nerfstudio.cameras.cameras", reason="nerfstudio is absent")
     made = adapters.to_nerfstudio(views())
-    assert isinstance(made, cameras.Cameras)
+    for i in range(3):
+        rays = made.generate_rays(i, coords=pixels(views())[i].flip(1))        # y before x
+        along = torch.nn.functional.normalize(POINTS - views().centres[i], dim=1)
+        torch.testing.assert_close(rays.origins, views().centres[i].expand(20, 3))
+        torch.testing.assert_close(rays.directions, along, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(adapters.from_nerfstudio(made).world_to_cam, views().world_to_cam)
+    torch.testing.assert_close(adapters.from_nerfstudio(made[1]).world_to_cam, views().world_to_cam[1:2])
+    fisheye = theirs.Cameras(**adapters.nerfstudio_arguments(views()), camera_type=theirs.CameraType.FISHEYE)
+    with pytest.raises(ValueError, match="not all perspective"):
+        adapters.from_nerfstudio(fisheye)
 
 
 def test_a_splatfacto_state_is_a_scene():
@@ -121,6 +151,15 @@ def test_a_splatfacto_state_is_a_scene():
     assert all(torch.equal(value, back.fields()[name]) for name, value in scene.fields().items())
     with pytest.raises(ValueError, match="no gauss_params.scales"):
         adapters.from_splatfacto({name: x for name, x in state.items() if "scales" not in name})
+
+
+def test_a_splatfacto_of_degree_0_holds_logits_of_colours():
+    """Its model's `colors` is sigmoid(features_dc) then, SH2RGB(features_dc) otherwise."""
+    scene = trained(30, 0)
+    state = {"gauss_params.means": scene.means, "gauss_params.scales": scene.log_scales, "gauss_params.quats": scene.quats, "gauss_params.opacities": scene.logit_opacities[:, None],
+             "gauss_params.features_dc": torch.logit(torch.linspace(0.01, 0.99, 90).reshape(30, 3)), "gauss_params.features_rest": torch.zeros(30, 0, 3)}
+    colours = 0.5 + 0.28209479177387814 * adapters.from_splatfacto(state).sh[:, 0]
+    torch.testing.assert_close(colours, torch.linspace(0.01, 0.99, 90).reshape(30, 3))
 
 
 def test_an_open3d_cloud_carries_the_gaussians_and_brings_them_back(tmp_path):
@@ -158,6 +197,6 @@ def test_an_absent_library_is_said_with_its_cure(monkeypatch, name, act):
 
 
 def test_a_focal_length_for_both_axes_is_understood():
-    a = adapters.pytorch3d_arguments(views())
+    a = adapters.pytorch3d_arguments(views()) | {"K": None, "is_perspective": lambda: True}
     one = adapters.from_pytorch3d(SimpleNamespace(**{**a, "focal_length": torch.tensor([50.0, 60, 70]), "in_ndc": lambda: False}))
     assert one.K[:, 0, 0].tolist() == one.K[:, 1, 1].tolist() == [50, 60, 70] and math.isclose(float(one.K[0, 0, 2]), 30)

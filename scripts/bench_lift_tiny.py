@@ -1,7 +1,7 @@
 """How good lift-tiny is on rooms that no training saw: depth and new views, beside what needs no network; writes benchmarks/lift_tiny.json.
 
     python3 scripts/bench_lift_tiny.py --weights tiny --rooms 50
-    python3 scripts/bench_lift_tiny.py --data ../shared/data/shelf-rgbd --gap 1 3      # pairs of a capture with depth pictures
+    python3 scripts/bench_lift_tiny.py --data ../shared/data/shelf-rgbd --gap 2 3      # pairs of a capture with depth pictures
 
 Depth: mean |predicted - true| / true over the pixels of the input views that both see, by three ways: the network, the best constant of each picture
 (the one that makes its own error least, which only the truth knows), and a 7x7 SAD sweep over as many planes as the network has. New views: PSNR of the

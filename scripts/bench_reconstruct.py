@@ -4,6 +4,7 @@
     python3 scripts/bench_reconstruct.py bare          # plush and banana as bare folders: registered photos, and the run on them
     python3 scripts/bench_reconstruct.py optimisers    # AdamW-GS against Adam: ADC at three thresholds, three seeds, three captures
     python3 scripts/bench_reconstruct.py ablation      # the rows between them, and MCMC at equal cap
+    python3 scripts/bench_reconstruct.py refine        # schedules of several lengths from sparse points and from `splatkit lift`: seconds to the same PSNR
     python3 scripts/bench_reconstruct.py tables        # prints what the file holds
 
 Each run is a process of its own; seconds count from its start to its end, evaluation included. Runs that the file already holds are not
@@ -36,6 +37,8 @@ SPARSE, DAR, RSR = ["--adamw.sparse", "--adc.clone-opacity-correction"], ["--ada
 MCMC = ["--densification", "mcmc", "--max-gaussians", "12000"]
 OPTIMISERS = {"Adam": [], "AdamW-GS": [*SPARSE, *DAR, *RSR]}
 ROWS = {**OPTIMISERS, "Sparse": SPARSE, "Sparse + DAR": [*SPARSE, *DAR], "Sparse + RSR": [*SPARSE, *RSR]}
+REFINED = {"points": ("1000", "2000", "4000", "8000"), "lifted": ("500", "1000", "2000", "4000")}      # steps from each start
+CAP, BELOW = "40000", 0.5       # Gaussians of both; dB below the longest run from points, which is the target
 MCMC_ROWS = {"MCMC, Adam": MCMC, "MCMC, AdamW-GS": [*MCMC, *SPARSE[:1], *DAR, *RSR, "--mcmc.opacity-reg", "0", "--mcmc.scale-reg", "0"]}
 THRESHOLDS = ("1e-3", "2e-3", "4e-3")
 DEAD = 1 / 255      # opacity
@@ -45,7 +48,7 @@ _lock = threading.Lock()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["presets", "bare", "optimisers", "ablation", "tables"])
+    parser.add_argument("part", choices=["presets", "bare", "optimisers", "ablation", "refine", "tables"])
     parser.add_argument("--captures", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--preset", default="cpu")
@@ -53,7 +56,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("SPLATKIT_DATA", ROOT.parent / "shared" / "data")))
     args = parser.parse_args()
-    runs = {"presets": _presets, "bare": _bare, "optimisers": _optimisers, "ablation": _ablation, "tables": lambda args: []}[args.part](args)
+    runs = {"presets": _presets, "bare": _bare, "optimisers": _optimisers, "ablation": _ablation, "refine": _refine, "tables": lambda args: []}[args.part](args)
     known = {} if args.again else {json.dumps(row["run"]) for row in _rows()}
     todo = [run for run in runs if json.dumps(run) not in known]
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -82,24 +85,36 @@ def _ablation(args) -> list[dict]:
                   for s in args.seeds for c in args.captures or CAPTURES for name, flags in MCMC_ROWS.items()]
 
 
+def _refine(args) -> list[dict]:
+    return [{"part": "refine", "capture": c, "seed": 0, "start": start, "flags": ["--preset", "cpu", "--steps", steps, "--max-gaussians", CAP] if start == "points" else
+             ["--check", "--refine", steps, "--max-gaussians", CAP]} for c in args.captures or ("plush", "banana") for start, lengths in REFINED.items() for steps in lengths]
+
+
+def _command(run: dict, data: Path, folder: str) -> list[str]:
+    """What makes folder/run, or folder/run-refined, which stands for it."""
+    if run.get("start") == "lifted":
+        return ["lift", "--cameras", str(data), "-o", f"{folder}/run.ply", *run["flags"]]
+    return ["reconstruct", str(data), "-o", f"{folder}/run", "--seed", str(run["seed"]), *run["flags"]]
+
+
 def _done(run: dict, args) -> dict:
     """The run's row, written to the file as soon as it is there."""
     data = args.data / (BARE[run["capture"]] if run["part"] == "bare" else run["capture"])
     with tempfile.TemporaryDirectory() as folder:
         start, environment = time.monotonic(), {**os.environ, **({"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {})}
         with open(Path(folder) / "log", "w+") as log:
-            child = subprocess.Popen([sys.executable, "-m", "splatkit.cli", "reconstruct", str(data), "-o", f"{folder}/run", "--seed", str(run["seed"]), *run["flags"]],
-                                     stdout=log, stderr=log, env=environment, cwd=ROOT)
+            child = subprocess.Popen([sys.executable, "-m", "splatkit.cli", *_command(run, data, folder)], stdout=log, stderr=log, env=environment, cwd=ROOT)
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
             seconds = time.monotonic() - start
             if child.returncode:
                 log.seek(0)
                 raise SystemExit(f"{run} failed:\n{log.read()[-2000:]}")
-        result = json.loads((Path(folder) / "run" / "eval" / "metrics.json").read_text())
+        made = Path(folder) / ("run-refined" if run.get("start") == "lifted" else "run")
+        result = json.loads((made / "eval" / "metrics.json").read_text())
         row = {"run": run, "psnr": result["psnr"], "ssim": result["ssim"], "gaussians": result["gaussians"], "photos": {n: p["psnr"] for n, p in result["photos"].items()},
                "seconds": round(seconds, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "peak_mib": usage.ru_maxrss // 1024, "threads": 1 if args.jobs > 1 else os.cpu_count(),
-               **_of_scene(Path(folder) / "run", run, args)}
+               **_of_scene(made, run, args)}
     with _lock:
         rows = [other for other in _rows() if other["run"] != run] + [row]
         FILE.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
@@ -163,6 +178,15 @@ def _print_tables(rows: list[dict]) -> None:
         print("\n| ablation at 1e-3 | " + " | ".join(CAPTURES) + " |\n|---|---|---|---|")
         for name in ROWS:
             _print_row(name, [r for r in compared if r["run"]["name"] == name and r["run"]["threshold"] == "1e-3"])
+    if refined := of("refine"):
+        print(f"\n| capture | start | steps: PSNR dB in seconds | seconds to {BELOW} dB below the longest run from points |\n|---|---|---|---|")
+        for capture in dict.fromkeys(r["run"]["capture"] for r in refined):
+            rows = {start: sorted((r["seconds"], r["psnr"]) for r in refined if (r["run"]["capture"], r["run"]["start"]) == (capture, start)) for start in REFINED}
+            if all(len(x) == len(REFINED[start]) for start, x in rows.items()):
+                needed = {start: _seconds_to(rows["points"][-1][1] - BELOW, x) for start, x in rows.items()}
+                for start, x in rows.items():
+                    print(f"| {capture} | {start} | " + ", ".join(f"{steps}: {value:.2f} in {t:.0f}" for steps, (t, value) in zip(REFINED[start], x)) + f" | {needed[start]:.0f} |")
+                print(f"{capture}: {needed['lifted'] / needed['points']:.2f} of the time from points")
     for name in MCMC_ROWS:
         _print_row(name, [r for r in of("mcmc") if r["run"]["name"] == name])
 
@@ -185,6 +209,16 @@ def _at_equal_count(rows: list[dict]) -> list[float]:
             continue
         found.append(statistics.mean(value - _read_off(curve["Adam"], at) for at, value in curve["AdamW-GS"]))
     return found
+
+
+def _seconds_to(psnr: float, runs: list[tuple[float, float]]) -> float:
+    """By runs of several lengths: where their PSNR passes `psnr`, linear in log seconds; infinite where none reaches it."""
+    before = None
+    for seconds, value in runs:
+        if value >= psnr:
+            return seconds if before is None else math.exp(_read_off([(before[1], math.log(before[0])), (value, math.log(seconds))], psnr))
+        before = seconds, value
+    return math.inf
 
 
 def _read_off(curve: list[tuple[float, float]], at: float) -> float:

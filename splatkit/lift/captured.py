@@ -1,6 +1,7 @@
 """The passes of a training step on a card as one CUDA graph: a step of the small network is 10,000 kernels, and starting them one by one takes thrice as long."""
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -38,13 +39,13 @@ class Captured:
         self.graph, self.sample = None, Sample(*(x.clone() for x in vars(sample).values()))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=torch.backends.cudnn.allow_tf32):
+        with torch.cuda.stream(stream), _fastest():
             for _ in range(WARM_UP):
                 self.passes(self.sample)
                 self._forget()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=torch.backends.cudnn.allow_tf32), watched_pairs() as pairs, torch.cuda.graph(graph):
+        with _fastest(), watched_pairs() as pairs, torch.cuda.graph(graph):
             self.terms = self.passes(self.sample)
             self.beyond = torch.stack(pairs).amax() if pairs else torch.zeros((), device=self.sample.images.device)
         self.graph = graph
@@ -52,3 +53,8 @@ class Captured:
     def _forget(self) -> None:
         for p in self.parameters:
             p.grad = None
+
+
+def _fastest() -> contextlib.AbstractContextManager:
+    """Convolutions try the ways they have once for each shape: shapes stay."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=torch.backends.cudnn.allow_tf32)

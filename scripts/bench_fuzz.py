@@ -280,16 +280,18 @@ def main() -> int:
     data = Path(os.environ.get("SPLATKIT_DATA") or REPO.parent / "shared" / "data") / "splats"
     peers = None if options.peers == "none" else Path(options.peers).expanduser().resolve()
     result = {"mutants": options.mutants, "seed": options.seed, "versions": {}, "readers": {}}
-    if options.only and options.output.exists():
-        before = json.loads(options.output.read_text())
-        if (before["mutants"], before["seed"]) == (options.mutants, options.seed):
-            result |= before
+    before = json.loads(options.output.read_text()) if options.output.exists() else {}
+    same = (before.get("mutants"), before.get("seed")) == (options.mutants, options.seed)
+    if options.only and same:
+        result |= before
     print(f"| reader | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for name in options.only or READERS:
         try:
             command, number = started(name, peers, options.spz and options.spz.expanduser().resolve())
         except LookupError as why:
             print(f"{name} is left out: {why}", file=sys.stderr)
+            if same and name in before["readers"]:      # what is known of it stays
+                result["readers"][name], result["versions"][name] = before["readers"][name], before["versions"].get(name, "")
             continue
         with tempfile.TemporaryDirectory() as folder:
             total = tried(name, command, data, options.mutants, options.seed, Path(folder))

@@ -181,10 +181,11 @@ def _print_tables(rows: list[dict]) -> None:
     if refined := of("refine"):
         print(f"\n| capture | start | steps: PSNR dB in seconds | seconds to {BELOW} dB below the longest run from points |\n|---|---|---|---|")
         for capture in dict.fromkeys(r["run"]["capture"] for r in refined):
-            rows = {start: sorted((r["seconds"], r["psnr"]) for r in refined if (r["run"]["capture"], r["run"]["start"]) == (capture, start)) for start in REFINED}
-            if all(len(x) == len(REFINED[start]) for start, x in rows.items()):
-                needed = {start: _seconds_to(rows["points"][-1][1] - BELOW, x) for start, x in rows.items()}
-                for start, x in rows.items():
+            found = {(r["run"]["start"], steps): (r["seconds"], r["psnr"]) for r in refined if r["run"]["capture"] == capture for steps in r["run"]["flags"]}
+            runs = {start: [found[start, steps] for steps in lengths if (start, steps) in found] for start, lengths in REFINED.items()}
+            if all(len(x) == len(REFINED[start]) for start, x in runs.items()):
+                needed = {start: _seconds_to(runs["points"][-1][1] - BELOW, x) for start, x in runs.items()}
+                for start, x in runs.items():
                     print(f"| {capture} | {start} | " + ", ".join(f"{steps}: {value:.2f} in {t:.0f}" for steps, (t, value) in zip(REFINED[start], x)) + f" | {needed[start]:.0f} |")
                 print(f"{capture}: {needed['lifted'] / needed['points']:.2f} of the time from points")
     for name in MCMC_ROWS:
@@ -212,7 +213,7 @@ def _at_equal_count(rows: list[dict]) -> list[float]:
 
 
 def _seconds_to(psnr: float, runs: list[tuple[float, float]]) -> float:
-    """By runs of several lengths: where their PSNR passes `psnr`, linear in log seconds; infinite where none reaches it."""
+    """By runs of several lengths, shortest first: where their PSNR passes `psnr`, linear in log seconds; those of the first where it is enough; infinite where none is."""
     before = None
     for seconds, value in runs:
         if value >= psnr:

@@ -295,10 +295,14 @@ def graphs(b: Bench) -> dict:
             for _ in range(3):
                 ours.step(sparse)
             torch.cuda.synchronize()
-            operators.GRAPH_ROOM, room = 1, operators.GRAPH_ROOM      # as many pairs are sorted as without the graph
-            with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
-                ours.step(sparse)
-            operators.GRAPH_ROOM, tasks["graph"] = room, graph.replay
+            room = operators.GRAPH_ROOM
+            try:
+                operators.GRAPH_ROOM = 1      # about as many pairs are sorted as without the graph
+                with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+                    ours.step(sparse)
+            finally:
+                operators.GRAPH_ROOM = room
+            tasks["graph"] = graph.replay
         result[name] = clock(tasks, b.rounds, b.repeats, b.device)
         print(f"graphs, {name}: " + ", ".join(f"{k} {x['ms']:.3f} ms +-{x['spread']:.1%}" for k, x in result[name].items()), flush=True)
     return result

@@ -1,7 +1,6 @@
 """LPIPS, the learned perceptual distance of two pictures (Zhang et al. 2018, version 0.1), with weights from given files; none are downloaded."""
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from .constants import constant
 from .errors import BadFile
 from .io.reading import opened
 
@@ -75,7 +75,8 @@ def distance(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], weig
         raise ValueError(f"a picture of {image.shape[1]}x{image.shape[0]} is too small for LPIPS with {weights.net}, which needs {net.side_min} pixels a side; leave it out (--lpips)")
     if image.is_cuda and image.dtype == torch.float32:      # convolutions there may keep ten bits (tf32)
         return distance(image.double(), target.double(), weights).to(image.dtype)
-    tensors, (shift, scale) = weights.to(image).tensors, _shift_and_scale(image.dtype, image.device)
+    tensors = weights.to(image).tensors
+    shift, scale = (constant(values, image)[:, None, None] for values in (SHIFT, SCALE))
     x = (2 * torch.stack([image, target]).permute(0, 3, 1, 2) - 1 - shift) / scale
     total = image.new_zeros(())
     for k, (stage, pooled) in enumerate(zip(net.stages, net.pools)):
@@ -86,11 +87,6 @@ def distance(image: Float[Tensor, "H W 3"], target: Float[Tensor, "H W 3"], weig
         unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
         total += F.conv2d((unit[:1] - unit[1:]).square(), tensors[f"lin{k}"]).mean()
     return total
-
-
-@functools.lru_cache(16)
-def _shift_and_scale(dtype: torch.dtype, device: torch.device) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
-    return tuple(torch.tensor(x, dtype=dtype, device=device)[:, None, None] for x in (SHIFT, SCALE))
 
 
 def load(files: Sequence[Path]) -> Weights:

@@ -92,7 +92,7 @@ class Adam:
             raise ValueError(f"learning rates for {sorted(unknown)}; expected some of {sorted(fields)}")
         if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps >= 0):
             raise ValueError(f"betas {betas} and eps {eps}; expected 0 <= beta < 1 and eps >= 0")
-        self.betas, self.eps, self.attribute_decay, self.state_decay, self.part = betas, eps, attribute_decay, state_decay, part
+        self.betas, self.eps, self.attribute_decay, self.state_decay, self.part = tuple(betas), eps, attribute_decay, state_decay, part
         self.learning_rates = {group: _per_column(rate, fields[group], group) for group, rate in learning_rates.items()}
         self.steps_taken = 0
         self.row_steps = torch.zeros(len(scene), dtype=torch.int32, device=scene.device)
@@ -239,7 +239,11 @@ def adam_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Float[Tensor
         return adam_reference_(param, grad, m, v, rates, betas, eps, steps, visible, decay)
     attribute, strength, ceiling = decay or ("plain", 0.0, 0.0)
     each = isinstance(steps, Tensor)
-    table = _correction_table(most if most is not None else int(steps.max()) if len(steps) else 0, betas, param) if each else None
+    if each and most is None:
+        least, most = (int(steps.min()), int(steps.max())) if len(steps) else (0, 0)
+        if least < 0:
+            raise ValueError(f"a row has taken {least} steps; expected 0 or more")
+    table = _correction_table(most, betas, param) if each else None
     library.sk_adam(param.shape[0], rates.numel(), param, grad.contiguous(), m, v, rates, *betas, eps, 1 if each else steps, table, steps.to(torch.int32) if each else None,
                     None if visible is None else visible.to(torch.int32), native.CONST[f"SK_{attribute.upper()}"], strength, ceiling, library.stream)
     torch.autograd.graph.increment_version((param, m, v))     # autograd cannot see a native write: a stale graph must fail, not mislead

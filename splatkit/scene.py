@@ -186,7 +186,8 @@ def sh_rotation(rotation: Float[Tensor, "*B 3 3"], degree: int) -> Float[Tensor,
     directions, fits = _sh_fits(degree, rotation.device)
     before = sh_basis(directions @ rotation.detach().double(), degree)
     out = before.new_zeros(*rotation.shape[:-2], before.shape[-1], before.shape[-1])
-    for k, fit in zip(_bands(degree), fits):
+    out[..., 0, 0] = 1
+    for k, fit in zip(_bands(degree)[1:], fits):
         out[..., k, k] = fit @ before[..., k]
     return out
 
@@ -197,11 +198,12 @@ def _bands(degree: int) -> list[slice]:
 
 @functools.lru_cache(16)
 def _sh_fits(degree: int, device: torch.device) -> tuple[Float[Tensor, "D 3"], list[Tensor]]:
-    """Directions, and for each band what takes the values of a function there to its coefficients: a band is closed under rotation, so that the fit is exact."""
-    directions = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    directions = torch.nn.functional.normalize(directions, dim=-1)
-    values = sh_basis(directions, degree)
-    return directions.to(device), [torch.linalg.pinv(values[:, k]).to(device) for k in _bands(degree)]
+    """Directions, and for each band above 0 what takes the values of a function there to its coefficients: a band is closed under rotation, so that the fit is exact."""
+    with torch.inference_mode(False):       # they outlive who asks first
+        directions = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        directions = torch.nn.functional.normalize(directions, dim=-1)
+        values = sh_basis(directions, degree)
+        return directions.to(device), [torch.linalg.pinv(values[:, k]).to(device) for k in _bands(degree)[1:]]
 
 
 def unit_quats(quats: Float[Tensor, "N 4"]) -> Float[Tensor, "N 4"]:

@@ -21,6 +21,7 @@ N = 40_000_000
 def draw(monkeypatch):
     """draw(pairs) -> the capacities that the blend was called with; draw.rooms: how many visible Gaussians the last picture's projections had room for."""
     monkeypatch.setattr(operators, "_room", {})
+    monkeypatch.setattr(operators, "_most_pairs", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(operators._landing, "send", lambda counts: (counts, Copied()))
     capturing, rooms = [False], []
@@ -83,13 +84,16 @@ def test_what_is_not_finite_and_what_is_too_many_is_said(draw):
 def test_a_graph_is_captured_with_more_room_than_before_or_refused(draw):
     with pytest.raises(RuntimeError, match="once outside"):
         draw(100, capture=True)
-    room = draw(100)
-    assert draw(100, capture=True) == [operators.GRAPH_ROOM * room[0]]
+    draw(100_000)
+    for _ in range(100):        # of a batch: the room of pictures outside shrinks
+        draw(10)
+    assert draw(10, capture=True) == [operators.GRAPH_ROOM * 100_000]
 
 
 def test_a_graph_knows_by_how_much_pairs_go_beyond_its_room(draw):
-    room = operators.GRAPH_ROOM * draw(100)[0]
-    with operators.watched_pairs() as beyond:
+    draw(100_000)
+    room = operators.GRAPH_ROOM * 100_000
+    with operators.pair_overflows() as beyond:
         draw(room - 7, capture=True)
         draw(room + 7, capture=True)
     draw(room, capture=True)

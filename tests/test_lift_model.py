@@ -237,7 +237,7 @@ class Elsewhere(TorchDispatchMode):
         return out
 
 
-def test_a_step_on_another_device_makes_nothing_on_the_cpu_so_that_a_graph_can_capture_it(model, monkeypatch):
+def test_network_and_losses_without_pictures_make_nothing_on_the_cpu_when_on_another_device(model, monkeypatch):
     monkeypatch.setitem(sweep.AT_ONCE, "meta", 1 << 25)
     monkeypatch.setattr(module, "_check", lambda *a: None)      # looks at values, as it does on a CPU alone
     images, K, world_to_cam, _, far = (x.to("meta") for x in views(3))

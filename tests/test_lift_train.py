@@ -155,8 +155,8 @@ def test_rooms_that_are_used_again_come_from_the_cache_bit_by_bit(tmp_path, monk
 
 
 def test_rooms_that_are_used_again_come_into_use_one_after_the_other():
-    given = LiftTrain(rooms=40, steps=1000, batch=4)
-    used = np.array([_used_again(given, number) for number in range(4000)])
+    given = LiftTrain(rooms=40)
+    used = np.array([_used_again(given, number, 4000) for number in range(4000)])
     assert used[:40].max() < 11 and used[:2000].max() < 30 and used[3000:].max() == 39
     assert np.bincount(used[3000:], minlength=40).min() > 8
 

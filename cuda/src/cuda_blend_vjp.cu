@@ -73,7 +73,7 @@ template <bool FULL_RECORD> struct Pixels {
   }
 };
 
-// FIXED: adds whole numbers, whose sum has no order. Of 7.5 its full version would spill for a seventh block.
+// FIXED: adds whole numbers, whose sum has no order; the full version spills on 7.5 where more than six blocks are wanted.
 template <bool FULL_RECORD, bool FIXED> __global__ void __launch_bounds__(S::THREADS, FULL_RECORD && FIXED ? 6 : 0) blend_vjp_kernel(BlendVjpArgs v) {
   constexpr int N = FULL_RECORD ? SUMS_FULL : SUMS;
   __shared__ Kept kept_by_warp[S::WARPS];

@@ -6,7 +6,6 @@ the picture into. Attention over those blocks needs neither a roll nor a mask, w
 """
 from __future__ import annotations
 
-import functools
 import math
 from itertools import pairwise, product
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..constants import constant
 from .config import MVSplatConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,15 +49,9 @@ class CNN(nn.Module):
         self.conv2 = nn.Conv2d(c, config.feature_dim, 1)
 
     def forward(self, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N C h w"]:
-        mean, std = _imagenet(images.dtype, images.device)
+        mean, std = (constant(values, images)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         x = F.relu(F.instance_norm(self.conv1((images - mean) / std)), inplace=True)
         return self.conv2(self.layer3(self.layer2(self.layer1(x))))
-
-
-@functools.lru_cache(16)
-def _imagenet(dtype: torch.dtype, device: torch.device) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
-    """Mean and standard deviation of photos."""
-    return tuple(torch.tensor(x, dtype=dtype, device=device)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 class Residual(nn.Module):

@@ -1,13 +1,13 @@
-"""The passes of a training step on a card as one CUDA graph: a step of the small network is 10,000 kernels, and starting them one by one takes thrice as long."""
+"""The passes of a training step on a card as one CUDA graph: a step of the small network is 10,000 kernels, and starting them one by one takes half as long again."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..raster import watched_pairs
+from ..raster.operators import pair_overflows
 from .data import Sample
 
 WARM_UP = 3     # passes before the capture, in which libraries choose kernels and the rasterizer learns how much room its pictures need
@@ -15,9 +15,9 @@ WARM_UP = 3     # passes before the capture, in which libraries choose kernels a
 Passes = Callable[[Sample], dict[str, Tensor]]
 
 
-class Captured:
-    """Called like `passes`, which leaves gradients and gives what else is wanted; samples must be of one shape. The gradients are the graph's own memory: every call
-    writes them anew, and nobody else may set them to None."""
+class CapturedPasses:
+    """Called like `passes`, which leaves gradients in `parameters` and returns terms of the loss; all samples must have the shapes of the first. Gradients and terms are
+    the graph's own memory, which every call writes anew: nobody else may set the gradients to None, and several calls do not add up."""
 
     def __init__(self, passes: Passes, parameters: list[Tensor]):
         self.passes, self.parameters, self.graph = passes, parameters, None
@@ -25,7 +25,7 @@ class Captured:
     def __call__(self, sample: Sample) -> dict[str, Tensor]:
         if self.graph is not None:
             self._replay(sample)
-        while self.graph is None or int(self.beyond) > 0:       # pictures with more pairs than there is room for
+        while self.graph is None or int(self.overflow) > 0:     # pictures with more pairs than there is room for
             self._capture(sample)
             self._replay(sample)
         return self.terms
@@ -39,22 +39,25 @@ class Captured:
         self.graph, self.sample = None, Sample(*(x.clone() for x in vars(sample).values()))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), _fastest():
-            for _ in range(WARM_UP):
-                self.passes(self.sample)
-                self._forget()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with _fastest(), watched_pairs() as pairs, torch.cuda.graph(graph):
-            self.terms = self.passes(self.sample)
-            self.beyond = torch.stack(pairs).amax() if pairs else torch.zeros((), device=self.sample.images.device)
+        with _fastest_kernels():
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self.passes(self.sample)
+                    for p in self.parameters:
+                        p.grad = None
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with pair_overflows() as overflows, torch.cuda.graph(graph):
+                self.terms = self.passes(self.sample)
+                self.overflow = torch.stack(overflows).amax() if overflows else torch.zeros((), device=self.sample.images.device)
         self.graph = graph
 
-    def _forget(self) -> None:
-        for p in self.parameters:
-            p.grad = None
 
-
-def _fastest() -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def _fastest_kernels() -> Iterator[None]:
     """Convolutions try the ways they have once for each shape: shapes stay."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=torch.backends.cudnn.allow_tf32)
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

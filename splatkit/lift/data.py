@@ -59,9 +59,10 @@ def collated(samples: list[Sample]) -> Sample:
     return Sample(*(torch.stack(x) for x in zip(*(vars(sample).values() for sample in samples))))
 
 
-def training(config: LiftTrain, say: Report) -> Source:
-    """Sample n of a training: of each place in `config.data` as many, of rooms where there is none."""
-    sources = [_source(path, config, say) for path in config.data] or [functools.partial(room_sample, config, FIRST_ROOM + config.seed * ROOMS_PER_SEED)]
+def training(config: LiftTrain, say: Report, batch: int = 0) -> Source:
+    """Sample n of a training: of each place in `config.data` as many, of rooms where there is none. `batch` samples are a step of all processes; 0: of this one."""
+    total = config.steps * (batch or config.batch * config.accumulate)
+    sources = [_source(path, config, say) for path in config.data] or [functools.partial(room_sample, config, FIRST_ROOM + config.seed * ROOMS_PER_SEED, total=total)]
 
     def sample(number: int) -> Sample:
         found = sources[number % len(sources)](number // len(sources))
@@ -76,9 +77,9 @@ def held_out(config: LiftTrain, say: Report) -> Source | None:
     return next((_chunks(chunks, config) for path in config.data if (chunks := sorted((path / "test").glob("*.torch")))), None)
 
 
-def room_sample(config: LiftTrain, first: int, number: int, augment: bool | None = None) -> Sample:
-    """A room's cameras that are close to each other."""
-    images, depth, cameras = _room(config, first + (_used_again(config, number) if config.rooms else number))
+def room_sample(config: LiftTrain, first: int, number: int, augment: bool | None = None, total: int = 1) -> Sample:
+    """A room's cameras that are close to each other; where config.rooms are used again, number is one of `total`."""
+    images, depth, cameras = _room(config, first + (_used_again(config, number, total) if config.rooms else number))
     near, far = float(depth.min()) / 1.05, float(depth.max()) * 1.05
     if config.augment if augment is None else augment:
         rng = np.random.default_rng([first, number])
@@ -87,10 +88,10 @@ def room_sample(config: LiftTrain, first: int, number: int, augment: bool | None
     return _normalised(images, cameras.K, cameras.world_to_cam, depth, near, far)
 
 
-def _used_again(config: LiftTrain, number: int) -> int:
+def _used_again(config: LiftTrain, number: int, total: int) -> int:
     """Which of config.rooms a sample is of: any of a quarter of them at first, and of all from three quarters of the schedule on, so that they can be cast meanwhile."""
-    share = number / (config.steps * config.batch * config.accumulate)
-    return int(np.random.default_rng([config.seed, 5, number]).integers(math.ceil(config.rooms * min(1, 0.25 + share))))
+    in_use = math.ceil(config.rooms * min(1, 0.25 + number / total))
+    return int(np.random.default_rng([config.seed, 5, number]).integers(in_use))
 
 
 def _room(config: LiftTrain, seed: int) -> tuple[Float[Tensor, "N 3 H W"], Float[Tensor, "N H W"], Cameras]:

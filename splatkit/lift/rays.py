@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pixel_grid(like: Tensor, height: int, width: int) -> Float[Tensor, "H W 2"]:
-    """x and y of the pixels, in whole numbers: their corners, or their centres where those are whole."""
+    """x and y of the pixels, in whole numbers."""
     x, y = (torch.arange(n, dtype=like.dtype, device=like.device) for n in (width, height))
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
 

@@ -12,11 +12,11 @@ from ..camera import Cameras
 from ..errors import BackendUnavailable
 from ..scene import Scene
 from .gsplat import gsplat_reason, render_gsplat
-from .operators import Recorded, record, render_native, splat_gradients, uplift_native, watched_pairs
+from .operators import Recorded, record, render_native, splat_gradients, uplift_native
 from .reference import render_reference
 from .types import OUTPUTS, RasterSettings, RasterStats, RenderOutput
 
-__all__ = ["OUTPUTS", "RasterSettings", "RasterStats", "Recorded", "RenderOutput", "backends", "device_for", "record", "render", "splat_gradients", "uplift", "watched_pairs"]
+__all__ = ["OUTPUTS", "RasterSettings", "RasterStats", "Recorded", "RenderOutput", "backends", "device_for", "record", "render", "splat_gradients", "uplift"]
 
 
 @native.constant_when_traced

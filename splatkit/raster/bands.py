@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .. import native
 from ..camera import Cameras
-from ..native import CONST
-from .operators import PAIRS_MAX, TILE, tile_count
+from .operators import PAIRS_MAX, TILE, is_deterministic, tile_count
 
 SIDES = (0, 12, 24, 36)         # where sk_project's `tiles` hold x0, x1, y0, y1
 COUNT_AGAIN = -1 << 48          # in place of how many tiles of the box are reached
@@ -69,5 +68,5 @@ def band_gradients(band: Band, v_color: Float[Tensor, "H W 3"] | None, v_alpha: 
     given = lambda x: None if x is None else x.contiguous()
     lib.sk_blend_vjp(n, 1, width, height, 0, settings, band.splats, band.tiles, band.counts, None, band.background, band.pairs, band.tile_offsets, band.color,
                      band.alpha, band.expected_depth, None, given(v_color), given(v_alpha), given(v_expected_depth), None, v_splats, None, None, weights,
-                     *lib.room("BLEND_VJP", n, 1, width, height, 0, int(settings[CONST["SK_DETERMINISTIC"]])))
+                     *lib.room("BLEND_VJP", n, 1, width, height, 0, is_deterministic(settings)))
     return v_splats, weights

@@ -89,7 +89,7 @@ def splat_gradients(r: Recorded, v_color: Float[Tensor, "H W 3"], stats: RasterS
     v_splats, weights = torch.empty_like(r.splats), r.splats.new_empty(1, n) if stats is not None else None
     lib.sk_blend_vjp(n, 1, camera.width, camera.height, 0, r.settings, r.splats, r.tiles, r.counts, None, _given(r.background), r.pairs, r.tile_offsets, r.color, r.alpha,
                      None, None, v_color.contiguous(), None, None, None, v_splats, None, None, weights,
-                     *lib.room("BLEND_VJP", n, 1, camera.width, camera.height, 0, int(r.settings[CONST["SK_DETERMINISTIC"]])))
+                     *lib.room("BLEND_VJP", n, 1, camera.width, camera.height, 0, is_deterministic(r.settings)))
     if stats is not None:
         stats.add_view(v_splats[0, :, CONST["SK_X"]:CONST["SK_Y"] + 1], v_splats[0, :, CONST["SK_RX"]:CONST["SK_RY"] + 1], weights[0], r.radii_px, camera.width, camera.height)
     return v_splats[0]
@@ -99,6 +99,11 @@ def splat_gradients(r: Recorded, v_color: Float[Tensor, "H W 3"], stats: RasterS
 def packed_settings(s: RasterSettings) -> Tensor:
     """The settings in the order of splatkit.h."""
     return torch.tensor([s.near, s.blur_px2, s.antialias, s.alpha_min, s.alpha_max, s.transmittance_min, s.fov_margin, s.deterministic], dtype=torch.float64)
+
+
+def is_deterministic(packed: Tensor) -> int:
+    """1 or 0: what a blend's gradient needs room for."""
+    return int(packed[CONST["SK_DETERMINISTIC"]])
 
 
 def tile_count(cameras: int, width: int, height: int) -> int:
@@ -127,24 +132,25 @@ class _Landing(threading.local):
 
 _landing = _Landing()
 GRAPH_ROOM = 2      # a graph is replayed for other pictures than it was captured with
+_most_pairs: dict[tuple, int] = {}          # likewise -> the most that a picture ever needed, at least 1024: a graph has GRAPH_ROOM times as much room
 
 
-class _Captured(threading.local):
-    most: list[Tensor] | None = None
+class _Watching(threading.local):
+    overflows: list[Tensor] | None = None
 
 
-_captured = _Captured()
+_watching = _Watching()
 
 
 @contextlib.contextmanager
-def watched_pairs() -> Iterator[list[Tensor]]:
+def pair_overflows() -> Iterator[list[Tensor]]:
     """For every picture that a CUDA graph captures meanwhile a number on the card, by how much its pairs go beyond the room that the graph has: above 0 it was drawn
-    without some of them, and must be captured anew after it was drawn outside."""
-    _captured.most = []
+    without some of them, and must be captured anew after it was drawn outside, by which the room grows. Values that are not finite are not looked for in a graph."""
+    _watching.overflows = []
     try:
-        yield _captured.most
+        yield _watching.overflows
     finally:
-        _captured.most = None
+        _watching.overflows = None
 
 
 def _room_for(known: int, needed: int, most: int) -> int:
@@ -161,10 +167,10 @@ def _projected(fields: tuple[Tensor, ...], world_to_cam: Tensor, K: Tensor, rows
     if on_card and torch.cuda.is_current_stream_capturing():
         if key not in _room:
             raise RuntimeError("a CUDA graph can be captured only after a picture of this size was drawn once outside of one")
-        pairs = GRAPH_ROOM * _room[key][1]
+        pairs = min(GRAPH_ROOM * _most_pairs[key], PAIRS_MAX)
         blend(projected := draw(), pairs)
-        if _captured.most is not None:
-            _captured.most.append(projected[4][:, 1].sum() - pairs)
+        if _watching.overflows is not None:
+            _watching.overflows.append(projected[4][:, 1].sum() - pairs)
         return projected
     visible, pairs = _room.get(key, (N, 0)) if on_card else (N, 0)
     visible = visible if N >= SORTED_WHOLE else N
@@ -194,6 +200,7 @@ def _projected(fields: tuple[Tensor, ...], world_to_cam: Tensor, K: Tensor, rows
         projected, done = draw(), 0
     if needed > done or not done:
         blend(projected, done := _room_for(0, needed, PAIRS_MAX))
+    _most_pairs[key] = max(_most_pairs.get(key, 1024), needed)
     _room[key] = _room_for(visible if key in _room else 0, most, 2**31 - 1), _room_for(done, needed, PAIRS_MAX)
     return projected
 
@@ -291,7 +298,7 @@ def _rasterize_vjp(means: Tensor, quats: Tensor, log_scales: Tensor, logit_opaci
     lib.sk_blend_vjp(N, C, width, height, F, settings, splats, tiles, counts, _given(features), _given(background), pairs, tile_offsets, some(color), alpha,
                      some(expected_depth), some(features_out), _given(v_color), _given(v_alpha), _given(v_expected_depth),
                      _given(v_features_out) if F else None, v_splats, _if(want_features and F, v_features), _if(want_background, v_background),
-                     _if(want_stats, weights), *lib.room("BLEND_VJP", N, C, width, height, F, int(settings[CONST["SK_DETERMINISTIC"]])))
+                     _if(want_stats, weights), *lib.room("BLEND_VJP", N, C, width, height, F, is_deterministic(settings)))
     v_means, v_quats, v_log_scales, v_logits, v_sh, v_pose, v_K = project_vjp(means, quats, log_scales, logit_opacities, sh, world_to_cam, K, rows, width, height,
                                                                               sh_degree, settings, radii, v_splats, want_sh, want_pose, want_K)
     return v_means, v_quats, v_log_scales, v_logits, v_sh, v_features, v_pose, v_K, v_background, v_splats, weights

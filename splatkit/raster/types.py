@@ -32,8 +32,8 @@ class RasterSettings:
     """The projection's Jacobian is taken at most this many half fields of view outside the picture."""
     deterministic: bool = False
     """CUDA: equal gradients, bit for bit, however the card orders the sums: they are of 64-bit whole numbers, in which small terms lose bits
-    beside pixel gradients more than 10^5 times larger in a Gaussian's tiles (of a large one's: in the picture). A term that is not finite makes a gradient NaN. The
-    CPU's are always equal."""
+    beside pixel gradients more than 10^5 times larger in a Gaussian's tiles (of a large one's: in the picture; by features: more than 10^3 times larger anywhere). A term
+    that is not finite makes a gradient NaN. The CPU's are always equal."""
 
     def __post_init__(self):
         if not (self.near > 0 and self.blur_px2 >= 0 and 0 <= self.alpha_min < 1 and self.alpha_min < self.alpha_max <= 1

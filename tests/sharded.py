@@ -122,7 +122,7 @@ def lift_in_double(config: LiftTrain, say=lambda line: None) -> None:
 def do_lift(shard: Shard, folder: Path) -> None:
     said = []
     lift_train(lift_training.settings(folder / "pair", **lift_training.PAIR))
-    lift_in_double(lift_training.settings(folder / "two", steps=3, batch=1, accumulate=2), said.append)
+    lift_in_double(lift_training.settings(folder / "two", steps=3, batch=1, accumulate=2, rooms=8), said.append)
     if shard.rank == 0:
         (folder / "said of two").write_text(said[0].partition("; ")[2])
 

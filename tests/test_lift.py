@@ -19,7 +19,7 @@ from splatkit.lift.model import MVSplat
 from splatkit.lift.pairs import Group, check_pair, depth_range, grouped, nearest_pairs, overlap
 from splatkit.lift.posed import View, posed
 from splatkit.lift.weights import load_weights, save_weights
-from splatkit.scene import Scene
+from splatkit.scene import Scene, rotation_matrices
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -275,6 +275,21 @@ def test_gaussians_of_one_cube_become_one_at_their_weighted_mean():
     assert len(scene) == 2 and torch.allclose(scene.means[0], torch.tensor([0.05, 0, 0])) and torch.allclose(scene.sh[:, 0, 0], torch.tensor([0.5, 2.0]))
     opaque = merged(blobs([[0.0, 0, 0], [0.1, 0, 0]], [4.0, -4.0]), 1.0)
     assert opaque.logit_opacities.item() == 4 and opaque.means[0, 0] < 0.01
+
+
+def test_a_merged_gaussian_has_the_covariance_of_all_and_one_alone_stays_as_it_was():
+    g = torch.Generator().manual_seed(0)
+    some = Scene(0.3 * torch.rand(50, 3, generator=g), torch.randn(50, 4, generator=g), torch.randn(50, 3, generator=g) - 3, torch.randn(50, generator=g), torch.rand(50, 1, 3, generator=g))
+    lonely = some.rows(slice(0, 1)).replace(means=torch.full((1, 3), 5.0))
+    one, alone = merged(Scene.cat([some, lonely]), 1.0).rows(slice(0, 1)), merged(Scene.cat([some, lonely]), 1.0).rows(slice(1, 2))
+    weights = some.logit_opacities.sigmoid()
+    drawn = torch.multinomial(weights, 400_000, replacement=True, generator=g)      # points of the mixture
+    axes = rotation_matrices(some.quats) * some.scales[:, None]
+    points = some.means[drawn] + (axes[drawn] @ torch.randn(len(drawn), 3, 1, generator=g))[..., 0]
+    found = rotation_matrices(one.quats)[0] * one.scales
+    wanted = torch.cov(points.T)
+    assert (found @ found.T - wanted).norm() < 0.02 * wanted.norm() and torch.allclose(one.means[0], points.mean(0), atol=0.005)
+    assert all(torch.equal(a, b) for a, b in zip(alone.fields().values(), lonely.fields().values()))
 
 
 def test_thinning_drops_the_faint_and_keeps_to_the_most(sources):

@@ -269,7 +269,7 @@ def pair(tmp_path_factory, cpu_library) -> Path:
 
 def test_two_processes_do_what_one_does_with_twice_the_batch(pair):
     """In double: in float32 Adam, which divides by the root of v, turns rounding in the smallest gradients into whole steps."""
-    sharded.lift_in_double(settings(pair / "one", steps=3, batch=2, accumulate=2))
+    sharded.lift_in_double(settings(pair / "one", steps=3, batch=2, accumulate=2, rooms=8))
     one, two = (checkpoint.load(pair / name / "checkpoint").tensors for name in ("one", "two"))
     for name in ("weights", "exp_avg", "exp_avg_sq"):       # measured: 1e-11
         assert one[name].dtype == torch.float64 and float((one[name] - two[name]).norm() / one[name].norm()) < 1e-5, name

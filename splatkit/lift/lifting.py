@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scene import Scene
+from ..scene import Scene, quat_from_matrix, rotation_matrices
 from .model import MULTIPLE, SIDE_MIN, MVSplat, with_near_1
 from .pairs import Group, centre
 from .posed import View
@@ -92,19 +92,26 @@ def thinned(scene: Scene, min_opacity: float = 0.0, voxel: float = 0.0, max_gaus
 
 
 def merged(scene: Scene, voxel: float) -> Scene:
-    """One Gaussian for each cube that holds any: place and colour are means weighted by opacity, shape and opacity those of the most opaque one.
+    """One Gaussian for each cube that holds any: colour is the mean weighted by opacity, place and shape those of the Gaussian with the mean and the covariance of all,
+    so that nothing shows between them, opacity that of the most opaque one.
 
     What several views say of one place of a surface is so said once.
     """
-    cube = _cubes(scene.means, voxel).unique(return_inverse=True)[1]
-    n = int(cube.max()) + 1 if len(scene) else 0
+    cube, held = _cubes(scene.means, voxel).unique(return_inverse=True, return_counts=True)[1:]
+    n = len(held)
     weights = scene.logit_opacities.sigmoid().clamp(min=1e-6)
     total = weights.new_zeros(n).index_add_(0, cube, weights)
     mean = lambda x: x.new_zeros(n, *x.shape[1:]).index_add_(0, cube, x * weights.view(-1, *[1] * (x.ndim - 1))) / total.view(-1, *[1] * (x.ndim - 1))
     order = torch.argsort(scene.logit_opacities, stable=True)
     order = order[torch.argsort(cube[order], stable=True)]
-    most_opaque = order[torch.bincount(cube, minlength=n).cumsum(0) - 1]
-    return scene.rows(most_opaque).replace(means=mean(scene.means), sh=mean(scene.sh))
+    kept, means = scene.rows(order[held.cumsum(0) - 1]), mean(scene.means)
+    axes = rotation_matrices(scene.quats) * scene.scales[:, None]
+    away = (scene.means - means[cube])[..., None]
+    variances, turns = torch.linalg.eigh(mean(axes @ axes.mT + away @ away.mT))
+    turns = turns * torch.linalg.det(turns).sign()[:, None, None]
+    alone = (held == 1)[:, None]      # as it was, to the bit
+    return kept.replace(means=torch.where(alone, kept.means, means), sh=mean(scene.sh), quats=torch.where(alone, kept.quats, quat_from_matrix(turns)),
+                        log_scales=torch.where(alone, kept.log_scales, 0.5 * variances.clamp(min=1e-20).log()))
 
 
 def _cubes(means: Tensor, side: float) -> Tensor:

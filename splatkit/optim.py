@@ -214,9 +214,11 @@ class Adam:
             if x.dtype != mine[name].dtype or x.shape != mine[name].shape:
                 raise ValueError(f"optimiser state {name} is {x.dtype} {tuple(x.shape)}; "
                                  f"expected {mine[name].dtype} {tuple(mine[name].shape)}")
-        if len(self.row_steps) and not 0 <= int(state["row_steps"].min()) <= int(state["row_steps"].max()) <= int(state["steps_taken"]):
-            raise ValueError(f"optimiser state row_steps reaches from {int(state['row_steps'].min())} to {int(state['row_steps'].max())}; expected 0 to steps_taken, {int(state['steps_taken'])}")
-        self.steps_taken = int(state["steps_taken"])
+        taken, rows = int(state["steps_taken"]), state["row_steps"]
+        least, most = (int(rows.min()), int(rows.max())) if len(rows) else (0, 0)
+        if not 0 <= least <= most <= taken:
+            raise ValueError(f"optimiser state row_steps reaches from {least} to {most}; expected 0 to steps_taken, {taken}")
+        self.steps_taken = taken
         self.row_steps.copy_(state["row_steps"])
         first = int(self.row_steps[0]) if len(self.row_steps) else 0
         self._even = first if bool((self.row_steps == first).all()) else None

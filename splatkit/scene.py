@@ -177,7 +177,8 @@ def sh_basis(directions: Float[Tensor, "*B 3"], degree: int) -> Float[Tensor, "*
 
 def rotate_sh(sh: Float[Tensor, "N K 3"], rotation: Float[Tensor, "3 3"]) -> Float[Tensor, "N K 3"]:
     """Coefficients of the function turned by `rotation`: Y(d) . rotated = Y(rotation^T d) . sh for every direction d."""
-    degree, matrix = math.isqrt(sh.shape[1]) - 1, sh_rotation(rotation, math.isqrt(sh.shape[1]) - 1).to(sh)
+    degree = math.isqrt(sh.shape[1]) - 1
+    matrix = sh_rotation(rotation, degree).to(sh)
     return torch.cat([torch.einsum("ij,njc->nic", matrix[k, k], sh[:, k]) for k in _bands(degree)], dim=1)
 
 

@@ -106,8 +106,10 @@ def _train(config: LiftTrain, shard: Shard, report: Callable[..., None], say: Re
     perceptual = lpips.load(config.loss.lpips_weights).to(device) if config.loss.lpips else None
     source, held = training(config, say, effective_batch(config, shard)), held_out(config, say) if config.hold else None
     shard.agree({**made_with, "step": state.step, "versions": versions(), "weights": torch.cat([p.detach().flatten() for p in state.model.parameters()])})
+    # A graph holds no exchange of gradients, and its gradients do not add up.
+    captured = device == "cuda" and shard.world == config.accumulate == 1
     say(f"{sum(p.numel() for p in state.model.parameters()):,} weights on {device}; {effective_batch(config, shard)} samples a step: {config.batch} a pass, "
-        f"{config.accumulate} passes, {shard.world} processes{', replayed as one CUDA graph' if device == 'cuda' and shard.world == config.accumulate == 1 else ''}")
+        f"{config.accumulate} passes, {shard.world} processes{', replayed as one CUDA graph' if captured else ''}")
     if shard.rank == 0:
         if not saved:
             shutil.rmtree(run / "checkpoint", ignore_errors=True)
@@ -123,8 +125,6 @@ def _train(config: LiftTrain, shard: Shard, report: Callable[..., None], say: Re
         (total(terms, config.loss) / config.accumulate).backward()
         return {name: x.detach() for name, x in terms.items()}
 
-    # A graph holds no exchange of gradients, and its gradients do not add up.
-    captured = device == "cuda" and shard.world == config.accumulate == 1
     run_passes = CapturedPasses(passes, parameters) if captured else passes
     with (run / "metrics.jsonl" if shard.rank == 0 else Path(os.devnull)).open("a") as log:
         for step in range(state.step + 1, config.last + 1):

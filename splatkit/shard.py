@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 import zlib
@@ -35,8 +36,11 @@ from .scene import Part, Scene
 
 TIMEOUT = timedelta(minutes=10)     # of one exchange: the slowest thing the others wait for is the first process's writing of a checkpoint
 LAST_WORDS = 3.0                    # seconds in which processes that end say why
+STUCK = 12.0                        # seconds after SIGTERM in which a process ends by itself; torchrun kills it after 30
 
+_ending = threading.Event()         # this process is about to end: SIGTERM has nothing to add
 _stop = threading.Event()           # Ctrl-C was pressed: all processes stop behind the same step
+_wakeup = -1                        # where signals of this process are written down, for the thread that hears them while the main one waits outside of Python
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,7 @@ def exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as why:
+        _ending.set()
         raise ProcessLost(f"the connection to the other processes broke: {str(why).splitlines()[0]}") from why
 
 
@@ -250,7 +255,7 @@ def joined() -> Iterator[Shard]:
 
     A process that raises ends the others too, within seconds: what went wrong is raised as it is in the first process, and the others
     raise EndedElsewhere. Where a process is lost without a word, all others raise ProcessLost. So does one that is sent SIGTERM, which
-    is what torchrun does with the others. Ctrl-C is heard at the next `Shard.any`. A default process group that the caller has made is
+    is what torchrun does with the others; where it waits in an exchange that nothing ends, it says so and exits with 2. Ctrl-C is heard at the next `Shard.any`. A default process group that the caller has made is
     used as it is, and is the caller's to end.
     """
     if dist.is_available() and dist.is_initialized():
@@ -269,14 +274,14 @@ def joined() -> Iterator[Shard]:
     except (RuntimeError, ValueError) as why:
         raise ProcessLost(f"this process found no other of the {os.environ['WORLD_SIZE']} that WORLD_SIZE names: {str(why).splitlines()[0]}") from why
     shard, words = Shard(rank, world), dist.PrefixStore("splatkit", store)
-    with _signals():
+    with _signals(shard, words):
         try:
             yield shard
         except ProcessLost as lost:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _ending.set()
             raise _told(lost, shard, words) from lost
         except (SplatkitError, ValueError, TypeError, OSError) as error:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _ending.set()
             _say(words, rank, " ".join(str(error).split()) or type(error).__name__)
             if rank == 0:
                 raise
@@ -289,21 +294,57 @@ def joined() -> Iterator[Shard]:
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
+def _signals(shard: Shard, words: dist.Store) -> Iterator[None]:
     """Ctrl-C is noted, SIGTERM raises ProcessLost; only the main thread can ask for that."""
+    global _wakeup
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def told_to_end(*_):
-        raise ProcessLost("this process was told to end (SIGTERM)")
+        if not _ending.is_set():
+            _ending.set()
+            raise ProcessLost("this process was told to end (SIGTERM)")
+    told, _wakeup = os.pipe()
+    os.set_blocking(_wakeup, False)
+    left, woken_before = threading.Event(), signal.set_wakeup_fd(_wakeup, warn_on_full_buffer=False)
+    threading.Thread(target=_end_where_stuck, args=(told, left, shard, words), daemon=True).start()
     before = [(number, signal.signal(number, does)) for number, does in ((signal.SIGINT, lambda *_: _stop.set()), (signal.SIGTERM, told_to_end))]
     try:
         yield
     finally:
+        left.set()
         _stop.clear()
+        _ending.clear()
         for number, handler in before:
             signal.signal(number, handler)
+        signal.set_wakeup_fd(woken_before)
+        os.close(_wakeup)
+        _wakeup = -1
+
+
+def _forget_wakeup() -> None:
+    """In a process that is forked off: its signals are its own."""
+    global _wakeup
+    if _wakeup >= 0:
+        signal.set_wakeup_fd(-1)
+        _wakeup = -1
+
+
+os.register_at_fork(after_in_child=_forget_wakeup)
+
+
+def _end_where_stuck(told: int, left: threading.Event, shard: Shard, words: dist.Store) -> None:
+    """Ends this process some time after SIGTERM where its main thread cannot: an exchange waits as long as the other side neither answers nor closes the connection."""
+    with open(told, "rb", buffering=0) as signals:
+        while (number := signals.read(1)) and number[0] != signal.SIGTERM:
+            pass
+    if number and not left.wait(STUCK):
+        error = _told(ProcessLost("this process was told to end (SIGTERM)"), shard, words)
+        if not isinstance(error, EndedElsewhere):
+            sys.stderr.write(f"splatkit: {error}\n")
+            sys.stderr.flush()
+        os._exit(2)
 
 
 def _say(words: dist.Store, rank: int, text: str) -> None:

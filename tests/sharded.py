@@ -2,6 +2,7 @@
 import dataclasses
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from backends import random_scene, ring
 
-from splatkit import cli, config
+from splatkit import cli, config, shard
 from splatkit.camera import Cameras
 from splatkit.config import ADC, AdamWGS, Refine
 from splatkit.density import from_points
@@ -125,6 +126,19 @@ def do_lift(shard: Shard, folder: Path) -> None:
     lift_in_double(lift_training.settings(folder / "two", steps=3, batch=1, accumulate=2, rooms=8), said.append)
     if shard.rank == 0:
         (folder / "said of two").write_text(said[0].partition("; ")[2])
+
+
+def waiting(environment: dict[str, str], said: Path, waits: Path) -> None:
+    """One of two processes, of which the second never takes part in an exchange that the first waits in."""
+    os.environ.update(environment)
+    sys.stdout = sys.stderr = said.open("w", buffering=1)
+    shard.STUCK = 1.0
+    with shard.joined() as joined:
+        if joined.rank == 1:
+            time.sleep(600)
+        waits.touch()
+        with shard.exchange():
+            dist.all_reduce(torch.zeros(1))
 
 
 def process(environment: dict[str, str], said: Path, jobs: tuple[str, ...], folder: Path, command: list[str]) -> None:

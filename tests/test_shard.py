@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,27 +27,35 @@ HERE = Path(__file__).parent
 EXACT = ("color", "alpha", "expected_depth", "radii", "count", "max_radius_px")
 
 
-def together(folder: Path, commands: list[list], jobs: tuple[str, ...] = (), seconds=300) -> list[tuple[int, str]]:
-    """Exit codes and words of processes that make one run, with what torchrun sets. They are forked from one that has imported all they need."""
+@contextmanager
+def started(target, arguments: list[tuple]) -> Iterator[list]:
+    """Processes that make one run, with what torchrun sets as their first argument, killed at the end. They are forked from one that has imported all they need."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sharded"])
-    running, said = [], [folder / f"said.{rank}" for rank in range(len(commands))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))      # of the server, when it starts
-        for rank, command in enumerate(commands):
-            environment = {"RANK": str(rank), "WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            running.append(context.Process(target=sharded.process, args=(environment, said[rank], jobs, folder, list(map(str, command)))))
-            running[-1].start()
+    running = []
     try:
-        for process in running:
-            process.join(seconds)
-        return [(process.exitcode, text.read_text()) for process, text in zip(running, said)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))      # of the server, when it starts
+            for rank, some in enumerate(arguments):
+                environment = {"RANK": str(rank), "WORLD_SIZE": str(len(arguments)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                running.append(context.Process(target=target, args=(environment, *some)))
+                running[-1].start()
+        yield running
     finally:
         for process in running:
             process.kill()
+
+
+def together(folder: Path, commands: list[list], jobs: tuple[str, ...] = (), seconds=300) -> list[tuple[int, str]]:
+    """Exit codes and words of processes that make one run."""
+    said = [folder / f"said.{rank}" for rank in range(len(commands))]
+    with started(sharded.process, [(text, jobs, folder, list(map(str, command))) for text, command in zip(said, commands)]) as running:
+        for process in running:
+            process.join(seconds)
+        return [(process.exitcode, text.read_text()) for process, text in zip(running, said)]
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +145,21 @@ def test_a_killed_process_ends_the_other_with_a_message_and_leaves_a_whole_check
     finally:
         run.kill()
     assert run.returncode != 0
-    assert [line for line in said.splitlines() if line.startswith("splatkit: process 1 of 2 (counted from 0) was lost") and "--resume goes on" in line]
+    assert [line for line in said.splitlines() if line.startswith("splatkit: process 1 of 2 (counted from 0) was lost") and "--resume goes on" in line], said[-3000:]
     assert checkpoint.load(tmp_path / "checkpoint").step % 20 == 0
+
+
+def test_a_process_that_waits_for_one_that_is_silent_hears_sigterm_and_says_who_is_lost(tmp_path):
+    said, waits = [tmp_path / f"said.{rank}" for rank in range(2)], tmp_path / "waits"
+    with started(sharded.waiting, [(text, waits) for text in said]) as (waiting, _):
+        deadline = time.monotonic() + 120
+        while not waits.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)         # until it is in the exchange
+        os.kill(waiting.pid, signal.SIGTERM)
+        waiting.join(60)
+        assert waiting.exitcode == 2
+    assert said[0].read_text().splitlines()[-1].startswith("splatkit: process 1 of 2 (counted from 0) was lost")
 
 
 def process_of(parent: int, rank: int) -> int:

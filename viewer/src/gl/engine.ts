@@ -28,10 +28,10 @@ class Drawing {
   readonly shot: Target;
   readonly nothing: WebGLVertexArrayObject;
 
-  constructor(gl: GL) {
+  constructor(gl: GL, exact: boolean) {
     if (!gl.getExtension("EXT_color_buffer_float")) throw new Error("this browser cannot draw into float textures");
     const floatBlend = gl.getExtension("EXT_float_blend");
-    this.pass = new SplatPass(gl);
+    this.pass = new SplatPass(gl, exact);
     this.resolve = new Program(gl, FULL, RESOLVE);
     this.sums = new Target(gl, gl.RGBA16F);
     this.point = new Target(gl, floatBlend ? gl.RGBA32F : gl.RGBA16F);
@@ -71,7 +71,7 @@ export class GlEngine {
   }
   /** With the textures as the scene is. */
   private get drawing(): Drawing {
-    const made = (this.made ??= new Drawing(this.gl));
+    const made = (this.made ??= new Drawing(this.gl, this.exact));
     if (this.scene && this.stale === "all") made.pass.setScene(this.scene);
     else if (this.stale && this.stale !== "all") made.pass.update(...this.stale);
     if (this.attribute) made.pass.setAttribute(this.attribute);

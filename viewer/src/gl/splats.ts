@@ -1,7 +1,7 @@
 /** The splat pass: a scene in textures, projected once a view and blended as batched quads in the order it is given. Raw WebGL2. */
 import { bandsOf, type SplatScene } from "../scene";
 import { centreOf, type View } from "../pose";
-import { FULL, PROJECT, SPLAT_FRAGMENT, SPLAT_VERTEX } from "./shaders";
+import { FULL, PROJECT, splatFragment, SPLAT_VERTEX } from "./shaders";
 import { makeTexture, plainUploads, Program, Target, type GL } from "./programs";
 
 const WIDTH = 2048; // Gaussians a row of the textures, and quads an instance
@@ -24,9 +24,9 @@ export class SplatPass {
   private projected = "";
   drawn = 0;
 
-  constructor(private readonly gl: GL) {
+  constructor(private readonly gl: GL, exact: boolean) {
     this.projector = new Program(gl, FULL, PROJECT);
-    this.splatter = new Program(gl, SPLAT_VERTEX, SPLAT_FRAGMENT);
+    this.splatter = new Program(gl, SPLAT_VERTEX, splatFragment(exact));
     this.records = new Target(gl, gl.RGBA32F, 3);
     this.attribute = makeTexture(gl, gl.TEXTURE_2D);
     this.orderTexture = makeTexture(gl, gl.TEXTURE_2D);

@@ -211,6 +211,9 @@ class Reconstruct:
     """Colour behind the scene, 0 to 1."""
     random_background: bool = False
     """Draw over a new colour each step, so that the scene does not hide holes behind the background; evaluation keeps `background`."""
+    dropout: float = 0.0
+    """Share of the Gaussians, drawn anew each step, that a step leaves out: from none at the first to this at the last. The others are more opaque for it. Where photos are few it
+    keeps the scene from explaining each of them by Gaussians that no other photo shows."""
     exposure: bool = False
     """Fit a gain and an offset per photo, of mean identity, so that the scene need not explain that photos differ in exposure."""
     exposure_lr: float = 1e-3
@@ -248,6 +251,7 @@ class Reconstruct:
         _require(self, "0 or at least 2", hold_every=self.hold_every >= 0 and self.hold_every != 1)
         _require(self, "0 to 1", ssim_weight=0 <= self.ssim_weight <= 1, coarse_fraction=0 <= self.coarse_fraction <= 1, background=all(0 <= c <= 1 for c in self.background))
         _require(self, "above 0", exposure_lr=self.exposure_lr > 0)
+        _require(self, "0 or more, and below 1", dropout=0 <= self.dropout < 1)
         _require(self, "0 or more, and finite", min_scale=0 <= self.min_scale < float("inf"))
         _require(self, "0 to 2^63 - 1", seed=0 <= self.seed < 2 ** 63)
 

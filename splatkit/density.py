@@ -1,4 +1,4 @@
-"""Where Gaussians are: the first ones from sparse points, and 3DGS-MCMC (Kheradmand et al. 2024): relocation, growth, noise.
+"""Where Gaussians are: the first ones from sparse points, and 3DGS-MCMC (Kheradmand et al. 2024): relocation, growth, noise; and which of them a step leaves out.
 
 Functions return new values; the caller hands the Edit to whatever keeps per-row state (optimiser, stats, viewer).
 """
@@ -15,6 +15,7 @@ from .scene import Edit, Part, Scene, rotation_matrices
 
 SH_CONSTANT = 0.28209479177387814                   # colour = 1/2 + SH_CONSTANT * sh[:, 0]
 OPACITY_MIN, OPACITY_MAX = 0.005, 1 - 2.0**-23      # of relocated Gaussians; the upper end is the largest that float32 tells from 1
+LEFT_OUT = -100.0                                   # logit opacity of what no picture shows
 LOGIT_MIN, LOGIT_MAX = (math.log(p / (1 - p)) for p in (OPACITY_MIN, OPACITY_MAX))
 
 
@@ -187,3 +188,16 @@ def mcmc_noise_reference(scene: Scene, noise: Float[Tensor, "N 3"], scale: float
     R = rotation_matrices(scene.quats)
     pushed = noise * (gate * scale)[:, None]
     return torch.einsum("nij,nj,nkj,nk->ni", R, scene.scales.square(), R, pushed)
+
+
+def dropped(scene: Scene, rate: float, generator: torch.Generator | None = None, part: Part | None = None) -> Scene:
+    """The scene with each Gaussian left out with probability `rate`, 0 <= rate < 1, and the others 1 / (1 - rate) times as opaque (DropGaussian, Park et al. 2025).
+
+    On the mean over the draws each opacity is what it was, but that none goes above 1 - 1e-6. Logit opacities are new, the other fields are the scene's; gradients reach
+    those of `scene`, except where a Gaussian is left out or at that bound. With `part`, `scene` is those rows of a larger one, for all of which is drawn.
+    Generator on the scene's device.
+    """
+    draws = torch.rand(part.total if part else len(scene), device=scene.device, generator=generator)
+    kept = (part.of(draws) if part else draws) >= rate
+    opacity = (torch.sigmoid(scene.logit_opacities) / (1 - rate)).clamp(max=1 - 1e-6)
+    return scene.replace(logit_opacities=torch.where(kept, torch.logit(opacity), LEFT_OUT))

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import native
 from .camera import Cameras
 from .config import Reconstruct
+from .density import dropped
 from .exposure import Exposures
 from .growth import Fixed
 from .io import checkpoint
@@ -69,9 +70,9 @@ class Fit:
 
     @property
     def recorded(self) -> bool:
-        """Whether steps go back through the recorded picture, which stores no gradient of the scene: by the CUDA library, of colour alone, in one
-        process. Then a step is taken whatever its gradients are, and looked at every hundredth time."""
-        colour_alone = self.poses is None and self.config.depth.source == "none"
+        """Whether steps go back through the recorded picture, which stores no gradient of the scene: by the CUDA library, of colour alone and of
+        all Gaussians, in one process. Then a step is taken whatever its gradients are, and looked at every hundredth time."""
+        colour_alone = self.poses is None and self.config.depth.source == "none" and not self.config.dropout
         return self.scene.means.is_cuda and self.config.backend in ("auto", "cuda") and colour_alone and self.shard.world == 1
 
     def whole_scene(self) -> Scene:
@@ -200,7 +201,9 @@ class Fit:
         if self.poses:
             camera = self.poses.camera(camera, view.place)
         moving = self.poses is not None and self.step >= self.config.refine.start * self.config.steps
-        out = self.shard.render(scene, camera, outputs=("color",) if view.depth is None else ("color", "expected_depth"), background=background, sh_degree=sh_degree,
+        left_out = self.config.dropout * self.step / self.config.steps
+        shown = dropped(scene, left_out, self.growth.generator, self.adam.part) if left_out else scene
+        out = self.shard.render(shown, camera, outputs=("color",) if view.depth is None else ("color", "expected_depth"), background=background, sh_degree=sh_degree,
                                 settings=settings, stats=self.growth.stats, backend=self.config.backend)
         loss, v_color, seen, v_exposure = self._loss(out.color[0], view)
         results, v_results = [out.color], [v_color[None]]

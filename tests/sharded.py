@@ -34,7 +34,7 @@ QUICK_ADC = ADC(start=40, every=20, stop_fraction=0.8, grad_threshold=1e-4, rese
 
 def settings(photos: Path, output: Path, **changes) -> config.Reconstruct:
     quick = config.load_yaml(config.preset("reconstruct", "demo"), config.Reconstruct(data=photos, output=output))
-    return dataclasses.replace(quick, **{"steps": 60, "max_gaussians": 700, "hold_every": 5, "save_every": 30, "adamw": ALL, "refine": Refine(poses=True, focal=True), "adc": QUICK_ADC,
+    return dataclasses.replace(quick, **{"steps": 60, "max_gaussians": 700, "hold_every": 5, "save_every": 30, "dropout": 0.1, "adamw": ALL, "refine": Refine(poses=True, focal=True), "adc": QUICK_ADC,
                                          "mcmc": dataclasses.replace(quick.mcmc, start=20, every=20), **changes})
 
 

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from backends import random_scene, ring
 from splatkit import density, optim
-from splatkit.scene import Scene
+from splatkit.density import LEFT_OUT, dropped
+from splatkit.raster import render
+from splatkit.scene import Part, Scene
 
 
 def some_scene(n=400, dtype=torch.float32, features=5, seed=0) -> Scene:
@@ -242,3 +245,49 @@ def test_coincident_points_and_outliers_get_a_size_within_a_hundred_medians():
 def test_points_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="NaN"):
         density.from_points(torch.tensor([[0.0, float("nan"), 0]]), torch.rand(1, 3))
+
+
+# ---- what a step leaves out
+
+
+def test_a_share_is_left_out_and_each_opacity_is_what_it_was_on_the_mean():
+    scene = random_scene(4000, dtype=torch.float32)
+    scene = scene.replace(logit_opacities=scene.logit_opacities.clamp(max=1.0))      # below 1 - rate: none reaches the bound
+    generator, total = torch.Generator().manual_seed(0), torch.zeros(4000, dtype=torch.float64)
+    for _ in range(400):
+        shown = dropped(scene, 0.2, generator)
+        left_out = shown.logit_opacities == LEFT_OUT
+        assert abs(float(left_out.float().mean()) - 0.2) < 0.03
+        total += torch.sigmoid(shown.logit_opacities.double())
+    error = (total / 400 - torch.sigmoid(scene.logit_opacities.double())) / torch.sigmoid(scene.logit_opacities.double())
+    assert error.abs().max() < 0.13 and error.mean().abs() < 2e-3       # the spread of a mean of 400 draws is 0.025 of it
+    assert all(shown.fields()[name] is x for name, x in scene.fields().items() if name != "logit_opacities")
+
+
+def test_an_opaque_gaussian_stays_finite_and_what_is_left_out_has_no_gradient():
+    scene = random_scene(500, dtype=torch.float64)
+    logits = torch.linspace(-20, 40, 500, dtype=torch.float64).requires_grad_()
+    shown = dropped(scene.replace(logit_opacities=logits), 0.3, torch.Generator().manual_seed(0))
+    left_out, opacity = shown.logit_opacities == LEFT_OUT, torch.sigmoid(logits.detach())
+    assert bool(torch.isfinite(shown.logit_opacities).all()) and torch.sigmoid(shown.logit_opacities).max() <= 1 - 0.99e-6
+    grad, = torch.autograd.grad(shown.logit_opacities.sum(), logits)
+    held = left_out | (opacity > 0.7 * (1 - 1e-6))
+    assert bool((grad[held] == 0).all()) and bool((grad[~held] > 0).all())
+    torch.testing.assert_close(torch.sigmoid(shown.logit_opacities[~held]), opacity[~held] / 0.7)
+    # d logit(o / 0.7) / d logit(o), worked out by hand.
+    torch.testing.assert_close(grad[~held], (1 - opacity[~held]) / (1 - opacity[~held] / 0.7))
+
+
+def test_the_parts_of_a_scene_leave_out_what_the_whole_does():
+    scene = random_scene(101, dtype=torch.float32)
+    whole = dropped(scene, 0.5, torch.Generator().manual_seed(7))
+    parts = [Part(0, 40, 101), Part(40, 101, 101)]
+    shown = [dropped(scene.map(part.of), 0.5, torch.Generator().manual_seed(7), part).logit_opacities for part in parts]
+    assert torch.equal(torch.cat(shown), whole.logit_opacities)
+
+
+def test_no_picture_shows_what_is_left_out():
+    scene, camera = random_scene(60, dtype=torch.float64), ring(1, 60, 50)
+    shown = dropped(scene, 0.4, torch.Generator().manual_seed(3))
+    kept = shown.logit_opacities != LEFT_OUT
+    torch.testing.assert_close(render(shown, camera).color, render(shown.rows(kept.nonzero().squeeze(1)), camera).color, rtol=0, atol=0)

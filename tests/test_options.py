@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from splatkit import io, raster
+from splatkit import density, fit, io, raster
 from splatkit.errors import BadFile, Diverged
 from splatkit.evaluation import evaluate
 from splatkit.fit import View
@@ -162,6 +162,25 @@ def test_a_mask_of_another_size_or_cut_is_named(smeared, tmp_path, cpu_library, 
     harm(tmp_path / "data" / "masks" / "002.png.png")
     with pytest.raises(BadFile, match=said):
         reconstruct(settings(tmp_path / "data", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kind", ["mcmc", "adc"])
+def test_a_run_with_dropout_resumes_bit_by_bit_and_is_compared_whole(photos, tmp_path, cpu_library, kind):
+    settled = {"dropout": 0.3, "densification": kind, "adc": QUICK_ADC}
+    evaluation, scene = run(photos, tmp_path / "a", 60, **settled)
+    reconstruct(settings(photos, tmp_path / "b", steps=60, save_every=30, **settled))
+    (tmp_path / "b" / "checkpoint" / "checkpoint-00000060.safetensors").unlink()
+    reconstruct(settings(photos, tmp_path / "b", steps=60, save_every=30, resume=True, **settled))
+    assert same(scene, io.load(tmp_path / "b" / "scene.ply")[0])
+    assert not same(scene, run(photos, tmp_path / "c", 60, **{**settled, "dropout": 0.0})[1])
+    assert evaluate(tmp_path / "a").psnr == pytest.approx(evaluation.psnr, abs=1e-4)
+
+
+def test_of_all_steps_the_last_leaves_out_the_most(photos, tmp_path, cpu_library, monkeypatch):
+    rates = []
+    monkeypatch.setattr(fit, "dropped", lambda scene, rate, *rest: (rates.append(rate), density.dropped(scene, rate, *rest))[1])
+    run(photos, tmp_path / "a", 10, dropout=0.2)
+    assert rates == pytest.approx([0.02 * k for k in range(1, 10)])      # of ten steps the first leaves out none
 
 
 # ---- exposure

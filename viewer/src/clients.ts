@@ -64,8 +64,7 @@ export class RasterClient {
     [this.scene, this.visible, this.attribute, this.given] = [scene, null, null, false];
   }
   update(first: number, last: number): void {
-    const s = this.scene!, bands = 3 * bandsOf(s.shDegree), cut = (x: Float32Array, width: number) => x.slice(width * first, width * last);
-    if (this.given) this.post({ type: "rows", first, means: cut(s.means, 3), quats: cut(s.quats, 4), logScales: cut(s.logScales, 3), logitOpacities: cut(s.logitOpacities, 1), sh: cut(s.sh, bands) });
+    if (this.given) this.post({ type: "rows", first, ...copied(this.scene!, first, last) });
   }
   setVisible(visible: Uint8Array | null): void {
     this.visible = visible;
@@ -88,7 +87,8 @@ export class RasterClient {
       this.waiting.set(request.id, { done, failed });
       this.start();
       if (!this.given) {
-        this.post({ type: "scene", scene: this.scene! });
+        const { count, shDegree, header } = this.scene!;
+        this.post({ type: "scene", scene: { count, shDegree, header, ...copied(this.scene!, 0, count) } });
         if (this.visible) this.post({ type: "visible", visible: this.visible });
         if (this.attribute) this.post({ type: "attribute", values: this.attribute });
         this.given = true;
@@ -96,8 +96,10 @@ export class RasterClient {
       this.post(request);
     });
   }
+  /** Rows go over by their memory, which costs nothing; a copy that the browser makes costs two. */
   private post(message: RasterRequest): void {
-    this.worker!.postMessage(message);
+    const rows = message.type === "rows" ? message : message.type === "scene" ? message.scene : null;
+    this.worker!.postMessage(message, rows ? [rows.means, rows.quats, rows.logScales, rows.logitOpacities, rows.sh].map((x) => x.buffer as ArrayBuffer) : []);
   }
 
   /** Starts the worker and has it compile its module: what a first picture then need not wait for. */
@@ -125,6 +127,12 @@ export class RasterClient {
     this.waiting.clear();
     for (const w of waiting) w.failed(new Error(message));
   }
+}
+
+/** Rows first <= row < last of what is drawn, to be given away. */
+function copied(s: SplatScene, first: number, last: number): Pick<SplatScene, "means" | "quats" | "logScales" | "logitOpacities" | "sh"> {
+  const cut = (x: Float32Array, width: number) => x.slice(width * first, width * last);
+  return { means: cut(s.means, 3), quats: cut(s.quats, 4), logScales: cut(s.logScales, 3), logitOpacities: cut(s.logitOpacities, 1), sh: cut(s.sh, 3 * bandsOf(s.shDegree)) };
 }
 
 function wasmBytes(): ArrayBuffer {

@@ -117,16 +117,21 @@ function readBinary(ply: Ply, vertex: Element, targets: Targets): void {
   let at = 0;
   for (const [name, type] of vertex.types) offsets.set(name, at), (at += Number(type[1]));
   const bytes = ply.bytes.subarray(from, from + n * stride), view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
-  const floats = ply.little && littleMachine && [...vertex.types.values()].every((t) => t === "f4");   // read as they lie
-  const whole = floats ? new Float32Array(bytes.byteOffset % 4 ? bytes.slice().buffer : bytes.buffer, bytes.byteOffset % 4 ? 0 : bytes.byteOffset, bytes.length / 4) : null;
+  const floats = ply.little && littleMachine && [...vertex.types.values()].every((t) => t === "f4"); // read as they lie, but from a place where they are aligned
+  const block = new Float32Array(floats ? (ROWS_AT_ONCE * stride) / 4 : 0), blockBytes = new Uint8Array(block.buffer);
   for (let first = 0; first < n; first += ROWS_AT_ONCE) {
     const last = Math.min(n, first + ROWS_AT_ONCE);
+    if (floats) blockBytes.set(bytes.subarray(first * stride, last * stride));
     for (const [name, array, width, place] of targets) {
       const offset = offsets.get(name)!, read = READ[vertex.types.get(name)!];
-      if (whole) for (let row = first, k = first * (stride / 4) + offset / 4; row < last; row++, k += stride / 4) array[row * width + place] = whole[k]!;
+      if (floats) takeColumn(block, offset / 4, stride / 4, array, first * width + place, width, last - first);
       else for (let row = first; row < last; row++) array[row * width + place] = read(view, row * stride + offset, ply.little);
     }
   }
+}
+
+function takeColumn(block: Float32Array, at: number, stride: number, out: Float32Array, to: number, width: number, rows: number): void {
+  for (let row = 0; row < rows; row++, at += stride, to += width) out[to] = block[at]!;
 }
 
 const DECIMAL = /^[-+.\deE]+$/; // what Number() takes of these characters alone is a decimal number

@@ -44,6 +44,12 @@ export const COUNT_MAX = 16_000_000;
 /** Logit of a Gaussian that is not there yet. */
 export const ABSENT = -100;
 
+/** Opacities of 8 bits as logits. 0 and 255 are taken half a step inside, where logits are finite. */
+export const LOGITS = Float64Array.from({ length: 256 }, (_, q) => {
+  const opacity = Math.min(Math.max(q, 0.5), 254.5) / 255;
+  return Math.log(opacity / (1 - opacity));
+});
+
 export const bandsOf = (shDegree: number): number => (shDegree + 1) ** 2;
 
 /** A scene of `count` transparent Gaussians, to be filled by chunks. */

@@ -1,5 +1,5 @@
 /** What the server sends (splatkit/wire.py): manifests, chunks of Gaussians in planes, messages of the socket. Anything that does not fit is refused in one line. */
-import { COUNT_MAX, DEFAULT_HEADER, bandsOf, blankScene, type SceneHeader, type SplatScene } from "./scene";
+import { COUNT_MAX, DEFAULT_HEADER, LOGITS, bandsOf, blankScene, type SceneHeader, type SplatScene } from "./scene";
 
 export const PLANES = ["core", "sh", "features", "float32", "heat"] as const;
 export type Plane = (typeof PLANES)[number];
@@ -158,30 +158,32 @@ export function writeChunk(scene: SplatScene, plane: Plane, first: number, rows:
   else if (plane === "features") writeFeatures(scene, first, rows, bytes);
 }
 
+const ROTATION = Float64Array.from({ length: 1024 }, (_, q) => ((q / 1023) * 2 - 1) / Math.SQRT2);
+
 function writeCore(scene: SplatScene, first: number, rows: number, bytes: Uint8Array): void {
-  const r = new Reader(bytes, "SKC1", rows), range = r.floats(20), raw = r.raw(17 * rows);
+  const r = new Reader(bytes, "SKC1", rows), range = r.floats(20), raw = r.raw(17 * rows), stride = 3 * bandsOf(scene.shDegree);
   r.end();
-  const view = new DataView(raw.buffer, raw.byteOffset, raw.byteLength), stride = 3 * bandsOf(scene.shDegree);
-  const { means, quats, logScales, logitOpacities, sh } = scene, step = (at: number, k: number, most: number) => (range[at + 3 + k]! - range[at + k]!) / most;
+  const { means, quats, logScales, logitOpacities, sh } = scene, step = (k: number, most: number) => (range[k + 3]! - range[k]!) / most;
+  const [x, y, z] = [step(0, 65_535), step(1, 65_535), step(2, 65_535)], [sx, sy, sz] = [step(6, 255), step(7, 255), step(8, 255)], [red, green, blue] = [step(12, 255), step(13, 255), step(14, 255)];
   for (let i = 0, at = 0; i < rows; i++, at += 17) {
-    const row = first + i;
-    for (let k = 0; k < 3; k++) {
-      means[3 * row + k] = range[k]! + view.getUint16(at + 2 * k, true) * step(0, k, 65_535);
-      logScales[3 * row + k] = range[6 + k]! + raw[at + 6 + k]! * step(6, k, 255);
-      sh[stride * row + k] = range[12 + k]! + raw[at + 14 + k]! * step(12, k, 255);
-    }
-    const packed = view.getUint32(at + 9, true), largest = packed >>> 30;
-    let rest = 1;
-    for (let k = 0, j = 20; k < 4; k++) {
-      if (k === largest) continue;
-      const q = ((((packed >>> j) & 1023) / 1023) * 2 - 1) / Math.SQRT2;
-      quats[4 * row + k] = q;
-      rest -= q * q;
-      j -= 10;
-    }
-    quats[4 * row + largest] = Math.sqrt(Math.max(rest, 0));
-    const opacity = Math.min(Math.max(raw[at + 13]!, 0.5), 254.5) / 255;
-    logitOpacities[row] = Math.log(opacity / (1 - opacity));
+    const row = first + i, three = 3 * row, four = 4 * row, color = stride * row;
+    means[three] = range[0]! + (raw[at]! | (raw[at + 1]! << 8)) * x;
+    means[three + 1] = range[1]! + (raw[at + 2]! | (raw[at + 3]! << 8)) * y;
+    means[three + 2] = range[2]! + (raw[at + 4]! | (raw[at + 5]! << 8)) * z;
+    logScales[three] = range[6]! + raw[at + 6]! * sx;
+    logScales[three + 1] = range[7]! + raw[at + 7]! * sy;
+    logScales[three + 2] = range[8]! + raw[at + 8]! * sz;
+    // 2 bits: which is the largest; then 10 for each of the others.
+    const [q0, q1, q2, q3] = [raw[at + 9]!, raw[at + 10]!, raw[at + 11]!, raw[at + 12]!], largest = q3 >>> 6;
+    const a = ROTATION[((q3 & 63) << 4) | (q2 >>> 4)]!, b = ROTATION[((q2 & 15) << 6) | (q1 >>> 2)]!, c = ROTATION[((q1 & 3) << 8) | q0]!, d = Math.sqrt(Math.max(1 - a * a - b * b - c * c, 0));
+    quats[four] = largest === 0 ? d : a;
+    quats[four + 1] = largest === 0 ? a : largest === 1 ? d : b;
+    quats[four + 2] = largest < 2 ? b : largest === 2 ? d : c;
+    quats[four + 3] = largest === 3 ? d : c;
+    logitOpacities[row] = LOGITS[raw[at + 13]!]!;
+    sh[color] = range[12]! + raw[at + 14]! * red;
+    sh[color + 1] = range[13]! + raw[at + 15]! * green;
+    sh[color + 2] = range[14]! + raw[at + 16]! * blue;
   }
 }
 

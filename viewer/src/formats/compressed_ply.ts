@@ -1,6 +1,7 @@
 /** The compressed PLY of PlayCanvas and SuperSplat: 16 bytes a Gaussian, ranges by chunk of 256, optional SH in 8 bits. */
 import { degreeOf, grouped, numbered, type Ply, startOf } from "./ply";
-import { BadFile, emptyScene, finished, type Loaded, LOGITS, SH_C0 } from "./reading";
+import { LOGITS } from "../scene";
+import { BadFile, emptyScene, finished, type Loaded, SH_C0 } from "./reading";
 
 const CHUNK = 256;
 const PACKED = ["packed_position", "packed_rotation", "packed_scale", "packed_color"];

@@ -31,12 +31,6 @@ export function emptyScene(file: string, n: number, degree: Degree, header: Scen
   };
 }
 
-/** Opacities of 8 bits as logits. 0 and 255 are taken half a step inside, where logits are finite. */
-export const LOGITS = Float64Array.from({ length: 256 }, (_, q) => {
-  const opacity = Math.min(Math.max(q, 0.5), 254.5) / 255;
-  return Math.log(opacity / (1 - opacity));
-});
-
 /** The rows without those that hold a NaN or an infinity; more than a tenth of them refuses the file. */
 export function finished(file: string, scene: SplatScene): Loaded {
   const n = scene.count, bands = (scene.shDegree + 1) ** 2;

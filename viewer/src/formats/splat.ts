@@ -1,5 +1,6 @@
 /** .splat of antimatter15: 32 bytes a Gaussian and nothing else. No header, so a size that is not a multiple of 32 is all that can be refused. */
-import { BadFile, emptyScene, finished, type Loaded, LOGITS, SH_C0 } from "./reading";
+import { LOGITS } from "../scene";
+import { BadFile, emptyScene, finished, type Loaded, SH_C0 } from "./reading";
 
 const RECORD = 32;
 

@@ -1,6 +1,6 @@
 /** SPZ of Niantic, versions 2 and 3 (gzip). Axes are turned from right-up-back to the right-down-front of the PLY form. */
-import { DEFAULT_HEADER } from "../scene";
-import { BadFile, type Degree, emptyScene, finished, type Loaded, LOGITS } from "./reading";
+import { DEFAULT_HEADER, LOGITS } from "../scene";
+import { BadFile, type Degree, emptyScene, finished, type Loaded } from "./reading";
 
 const HEADER = 16;
 const DEFLATE_MAX = 1032; // bytes out of one byte in, at the very most

@@ -31,7 +31,7 @@ CAPTURES = ("plush", "banana", "street")
 BARE = {"plush": "plush/distorted/images", "banana": "banana/images"}
 
 # Small photos and no opacity reset, so that 54 runs of 7000 steps take less than an hour.
-COMPARED = ["--preset", "cpu", "--max-side", "160", "--steps", "7000", "--coarse-fraction", "0", "--max-gaussians", "100000", "--save-every", "7000"]
+COMPARED = ["--preset", "cpu", "--max-side", "160", "--steps", "7000", "--coarse-fraction", "0", "--dropout", "0", "--max-gaussians", "100000", "--save-every", "7000"]
 ADC = ["--densification", "adc", "--adc.grad-threshold"]
 SPARSE, DAR, RSR = ["--adamw.sparse", "--adc.clone-opacity-correction"], ["--adamw.attribute-decay"], ["--adamw.state-decay"]
 MCMC = ["--densification", "mcmc", "--max-gaussians", "12000"]
@@ -86,7 +86,7 @@ def _ablation(args) -> list[dict]:
 
 
 def _refine(args) -> list[dict]:
-    return [{"part": "refine", "capture": c, "seed": 0, "start": start, "flags": ["--preset", "cpu", "--steps", steps, "--max-gaussians", CAP] if start == "points" else
+    return [{"part": "refine", "capture": c, "seed": 0, "start": start, "flags": ["--preset", "cpu", "--dropout", "0", "--steps", steps, "--max-gaussians", CAP] if start == "points" else
              ["--check", "--refine", steps, "--max-gaussians", CAP]} for c in args.captures or ("plush", "banana") for start, lengths in REFINED.items() for steps in lengths]
 
 

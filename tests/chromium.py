@@ -32,10 +32,10 @@ class BrowserError(Exception):
 
 
 class Browser:
-    """One browser process; every test opens pages of its own."""
+    """One browser process; every test opens pages of its own. With `nice` 19 it takes what others leave of the machine."""
 
-    def __init__(self):
-        self.node = subprocess.Popen(["node", str(VIEWER / "tests" / "browser.mjs"), chromium()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, nice: int = 0):
+        self.node = subprocess.Popen(["nice", "-n", str(nice), "node", str(VIEWER / "tests" / "browser.mjs"), chromium()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, command: str, **arguments):
         self.node.stdin.write(json.dumps({"command": command, **arguments}) + "\n")

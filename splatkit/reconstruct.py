@@ -68,7 +68,7 @@ def reconstruct(config: Reconstruct, report: Callable[..., None] = lambda *a, **
 
     Raises BadFile for what is wrong with the photos or poses or where another process works in the run folder, BadConfig where a
     checkpoint to resume was made with other settings, BackendUnavailable where only the slow reference could draw; ProcessLost and
-    EndedElsewhere as `shard.joined` says.
+    EndedElsewhere as `processes.joined` says.
     """
     with joined() as shard:
         first = shard.rank == 0

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from backends import random_scene, ring
 
-from splatkit import cli, config, shard
+from splatkit import cli, config, processes
 from splatkit.camera import Cameras
 from splatkit.config import ADC, AdamWGS, Refine
 from splatkit.density import from_points
@@ -132,12 +132,12 @@ def waiting(environment: dict[str, str], said: Path, waits: Path) -> None:
     """One of two processes, of which the second never takes part in an exchange that the first waits in."""
     os.environ.update(environment)
     sys.stdout = sys.stderr = said.open("w", buffering=1)
-    shard.STUCK = 1.0
-    with shard.joined() as joined:
-        if joined.rank == 1:
+    processes.STUCK = 1.0
+    with processes.joined() as me:
+        if me.rank == 1:
             time.sleep(600)
         waits.touch()
-        with shard.exchange():
+        with processes.exchange():
             dist.all_reduce(torch.zeros(1))
 
 

@@ -13,7 +13,7 @@ import splatkit
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "splatkit"
 FLOORS = [      # imports point down or stay on their floor
-    {"scene", "header", "camera", "capture", "errors", "config", "native", "_compat", "constants", "progress"},
+    {"scene", "header", "camera", "capture", "errors", "config", "native", "_compat", "constants", "progress", "processes"},
     {"raster", "io"},
     {"wire", "optim", "adc", "density", "metrics", "lpips", "exposure", "poses", "rooms", "paths", "film", "views", "convert"},
     {"growth", "shard", "looking", "adapters", "sampling"},

@@ -20,9 +20,10 @@ from .. import config as configs
 from ..errors import BadConfig, BadFile, Diverged
 from ..io import checkpoint
 from ..io.reading import Report, silent
+from ..processes import exchange
 from ..raster import device_for
 from ..reconstruct import SKIPS_MAX, check_same_settings, keep_lines
-from ..shard import Shard, exchange, joined, versions
+from ..shard import Shard, joined, versions
 from . import backbone as backbones
 from .config import Distill
 from .geometry import geometry_of
@@ -96,7 +97,7 @@ def distill(config: Distill, report: Callable[..., None] = lambda *a, **k: None,
 
     A step whose gradient is not finite is left out and counted; the tenth in a row ends the run with Diverged and the last checkpoint.
     Raises BadFile for data or weights that cannot be used, BadConfig where settings do not fit them or a checkpoint to resume, BackendUnavailable
-    without timm or the network's weights; ProcessLost and EndedElsewhere as `shard.joined` says.
+    without timm or the network's weights; ProcessLost and EndedElsewhere as `processes.joined` says.
     """
     with joined() as shard:
         first = shard.rank == 0

@@ -23,9 +23,10 @@ from .. import lpips
 from ..errors import BadConfig, BadFile, Diverged, SplatkitError
 from ..io import checkpoint
 from ..io.reading import Report, silent
+from ..processes import exchange
 from ..raster import device_for
 from ..reconstruct import check_same_settings, keep_lines
-from ..shard import Shard, exchange, joined, versions
+from ..shard import Shard, joined, versions
 from .captured import CapturedPasses
 from .data import Sample, Source, collated, held_out, training
 from .losses import losses, targets_drawn, total
@@ -45,7 +46,7 @@ def lift_train(config: LiftTrain, report: Callable[..., None] = lambda *a, **k: 
     averaged (DistributedDataParallel): two processes of a batch of 1 do what one of a batch of 2 does, but for rounding.
 
     Raises BackendUnavailable as device_for, BadFile for what is wrong with the data or where another process works in the run folder, BadConfig where a checkpoint to resume
-    was made with other settings, Diverged where the loss is not finite; ProcessLost and EndedElsewhere as `shard.joined` says.
+    was made with other settings, Diverged where the loss is not finite; ProcessLost and EndedElsewhere as `processes.joined` says.
     """
     with joined() as shard:
         first = shard.rank == 0

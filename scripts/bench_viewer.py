@@ -433,10 +433,12 @@ def soak(b: Bench) -> Iterator[Row | dict]:
             if step % 50 == 0:
                 shown.record({"step": step, "gaussians": len(scene), "loss": 1 / step, "psnr_train": 20.0})
             if not seen or minutes > seen[-1][0] + b.soak / 200:
+                tab.collect()       # what nothing holds any more says only when it was collected last
                 seen.append((minutes, memory_of("self"), e.tree.memory(), tab.run("return performance.memory ? performance.memory.usedJSHeapSize / 1e6 : 0")))
             time.sleep(0.05)
     after = np.array(seen)[len(seen) // 4:]     # caches fill first
-    server_mb, tab_mb = (float(np.polyfit(after[:, 0], after[:, i], 1)[0]) for i in (1, 2))
+    earlier, later = np.triu_indices(len(after), 1)
+    server_mb, tab_mb = (float(np.median((after[later, i] - after[earlier, i]) / (after[later, 0] - after[earlier, 0]))) for i in (1, 2))       # of Theil and Sen: the median slope of pairs
     yield {"minutes": b.soak, "samples of minute, server MB, browser MB, heap MB": seen, "copies": run.taken}
     yield Row(f"live soak of {b.soak:g} min: server, browser", "flat (< 0.5 MB/min)", "", f"{server_mb:+.2f}, {tab_mb:+.2f} MB/min; {run.taken} copies", max(server_mb, tab_mb) < 0.5)
 

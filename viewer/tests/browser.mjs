@@ -51,6 +51,9 @@ const commands = {
   async drop({ page, selector, path }) {
     await pages.get(page).page.setInputFiles(selector, path);
   },
+  async collect({ page }) {
+    await pages.get(page).page.requestGC();
+  },
   async reload({ page }) {
     await pages.get(page).page.reload();
   },

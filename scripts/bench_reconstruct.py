@@ -34,7 +34,7 @@ BARE = {"plush": "plush/distorted/images", "banana": "banana/images"}
 COMPARED = ["--preset", "cpu", "--max-side", "160", "--steps", "7000", "--coarse-fraction", "0", "--dropout", "0", "--max-gaussians", "100000", "--save-every", "7000"]
 ADC = ["--densification", "adc", "--adc.grad-threshold"]
 SPARSE, DAR, RSR = ["--adamw.sparse", "--adc.clone-opacity-correction"], ["--adamw.attribute-decay"], ["--adamw.state-decay"]
-MCMC = ["--densification", "mcmc", "--max-gaussians", "12000"]
+MCMC = ["--densification", "mcmc", "--mcmc.init-scale", "0.1", "--max-gaussians", "12000"]
 OPTIMISERS = {"Adam": [], "AdamW-GS": [*SPARSE, *DAR, *RSR]}
 ROWS = {**OPTIMISERS, "Sparse": SPARSE, "Sparse + DAR": [*SPARSE, *DAR], "Sparse + RSR": [*SPARSE, *RSR]}
 REFINED = {"points": ("1000", "2000", "4000", "8000"), "lifted": ("500", "1000", "2000", "4000")}      # steps from each start
@@ -86,7 +86,7 @@ def _ablation(args) -> list[dict]:
 
 
 def _refine(args) -> list[dict]:
-    return [{"part": "refine", "capture": c, "seed": 0, "start": start, "flags": ["--preset", "cpu", "--dropout", "0", "--steps", steps, "--max-gaussians", CAP] if start == "points" else
+    return [{"part": "refine", "capture": c, "seed": 0, "start": start, "flags": ["--preset", "cpu", "--dropout", "0", "--mcmc.init-scale", "0.1", "--steps", steps, "--max-gaussians", CAP] if start == "points" else
              ["--check", "--refine", steps, "--max-gaussians", CAP]} for c in args.captures or ("plush", "banana") for start, lengths in REFINED.items() for steps in lengths]
 
 

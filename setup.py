@@ -21,7 +21,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CPU = ["cuda/src/cpu_project.cpp", "cuda/src/cpu_bin.cpp", "cuda/src/cpu_blend.cpp", "cuda/src/cpu_blend_vjp.cpp", "cuda/src/cpu_features.cpp",
-       "cuda/src/cpu_train.cpp", "cuda/src/cpu_threads.cpp", "cuda/src/cpu_raster.cpp", "cuda/src/cpu.cpp"]
+       "cuda/src/cpu_train.cpp", "cuda/src/cpu_pack.cpp", "cuda/src/cpu_threads.cpp", "cuda/src/cpu_raster.cpp", "cuda/src/cpu.cpp"]
 COMPILE = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-pthread", "-Icuda/include"]
 LINK = ["-shared", "-pthread"]
 

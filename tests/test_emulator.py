@@ -174,6 +174,13 @@ def test_too_little_scratch_is_an_error_that_says_so(emulated):
         emulated.sk_l1_ssim(20, 20, image, image, None, 0.2, torch.empty(2, dtype=F64), None, torch.empty(8, dtype=torch.int64), 8, None)
 
 
+def test_what_runs_on_cpus_alone_is_an_error_that_says_so(emulated):
+    scene = random_scene(3, degree=0, dtype=F32)
+    fields = (scene.means, scene.quats, scene.log_scales, scene.logit_opacities, scene.sh)
+    with pytest.raises(RuntimeError, match="sk_pack_core: runs on CPUs"):
+        emulated.sk_pack_core(3, 1, *fields, 3, 40, torch.empty(40, dtype=torch.int32), torch.empty(1, dtype=torch.int32), None)
+
+
 # ---- input
 
 

@@ -100,6 +100,10 @@ SK_API int32_t sk_mcmc_noise(int64_t n, real* means, const real* quats, const re
 // Opacity and scale of Gaussians that are replaced by `copies` equal ones at the same place (3DGS-MCMC eq. 9 of the supplement), in place on m rows.
 SK_API int32_t sk_relocate(int64_t m, real* logit_opacities, real* log_scales, const int32_t* copies, void* stream);
 
+// The core planes of all chunks of chunk_rows rows as splatkit/wire.py defines them: planes [chunks,words_per_chunk], of which the last chunk needs fewer words. unfit [chunks] gets 0, or 1 where a
+// value of the chunk is not finite or beyond 1e30 (scales are clamped) and its plane was not written. Numbers below 1e-38 count as 0. Of sh [n,sh_bands,3] only band 0 is read. CPU libraries only.
+SK_API int32_t sk_pack_core(int64_t n, int32_t sh_bands, const real* means, const real* quats, const real* log_scales, const real* logit_opacities, const real* sh, int64_t chunk_rows, int64_t words_per_chunk, int32_t* planes, int32_t* unfit, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,4 +1,4 @@
-// The C ABI of the CPU library but for the rasterizer (cpu_raster.cpp): the library itself, loss, optimiser, MCMC.
+// The C ABI of the CPU library but for the rasterizer (cpu_raster.cpp) and the viewer's wire (cpu_pack.cpp): the library itself, loss, optimiser, MCMC.
 #include <chrono>
 #include <cstdio>
 #include <vector>

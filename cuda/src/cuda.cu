@@ -267,6 +267,10 @@ int32_t sk_relocate(int64_t m, float* logit_opacities, float* log_scales, const 
   return guarded("sk_relocate", [&] { relocate_rows(m, logit_opacities, log_scales, copies, (cudaStream_t)stream); });
 }
 
+int32_t sk_pack_core(int64_t, int32_t, const float*, const float*, const float*, const float*, const float*, int64_t, int64_t, int32_t*, int32_t*, void*) {
+  return guarded("sk_pack_core", [] { throw std::runtime_error("runs on CPUs; hand over the scene's tensors there"); });
+}
+
 }  // extern "C"
 #pragma GCC visibility pop
 }  // namespace sk

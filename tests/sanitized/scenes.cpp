@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
@@ -174,6 +175,34 @@ Result draw(const Drawing& d) {
   return result;
 }
 
+// The core planes in chunks of a few rows, each on its last byte's word: rows that are not finite or huge make exactly their chunk unfit.
+std::string pack(const Drawing& d, int64_t chunk_rows) {
+  const auto exact = [](const std::vector<real>& x) {
+    auto copy = std::make_unique<Array<real>>((int64_t)x.size());
+    std::copy(x.begin(), x.end(), copy->data);
+    return copy;
+  };
+  const auto means = exact(d.means), quats = exact(d.quats), scales = exact(d.log_scales), logits = exact(d.logits), sh = exact(d.sh);
+  const int64_t chunks = (d.n + chunk_rows - 1) / chunk_rows, words = (88 + 17 * chunk_rows + 3) / 4, last = d.n - (chunks - 1) * chunk_rows;
+  Array<int32_t> planes(chunks ? (chunks - 1) * words + (88 + 17 * last + 3) / 4 : 0), unfit(chunks);
+  sk_set_threads(d.threads);
+  must(sk_pack_core(d.n, d.bands, means->data, quats->data, scales->data, logits->data, sh->data, chunk_rows, words, planes.data, unfit.data, nullptr), SK_OK, "sk_pack_core");
+  must(sk_pack_core(d.n + 1, d.bands, means->data, quats->data, scales->data, logits->data, sh->data, chunk_rows, words - chunk_rows * 17 / 4 - 2, planes.data, unfit.data, nullptr), SK_ERROR, "sk_pack_core with too little room");
+  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    bool fit = true;
+    for (int64_t row = chunk * chunk_rows; row < d.n && row < (chunk + 1) * chunk_rows; row++) {
+      for (int k = 0; k < 3; k++) fit = fit && std::fabs(d.means[3 * row + k]) <= (real)1e30f && std::isfinite((float)d.log_scales[3 * row + k]) && std::fabs(d.sh[3 * d.bands * row + k]) <= (real)1e30f;
+      for (int k = 0; k < 4; k++) fit = fit && std::fabs(d.quats[4 * row + k]) <= (real)1e30f;
+      fit = fit && std::fabs(d.logits[row]) <= (real)1e30f;
+    }
+    if (unfit.data[chunk] != !fit) return "chunk " + std::to_string(chunk) + " is " + (fit ? "fit, but refused" : "unfit, but was packed");
+    const int64_t rows = chunk < chunks - 1 ? chunk_rows : last;
+    if (fit && (std::memcmp(planes.data + chunk * words, "SKC1", 4) != 0 || planes.data[chunk * words + 1] != rows)) return "chunk " + std::to_string(chunk) + " has no header";
+    if (!fit && planes.data[chunk * words] != -7) return "chunk " + std::to_string(chunk) + " is unfit, but was written";
+  }
+  return "";
+}
+
 int broken = 0;
 void complain(const std::string& name, const std::string& why) {
   std::printf("%s: %s\n", name.c_str(), why.c_str());
@@ -219,6 +248,8 @@ const std::vector<Named> NAMED = {
 
 void draw_named() {
   auto expect_finite = [](const std::string& name, const Drawing& d) {
+    for (int64_t rows : {1, 16, 17, 1 << 16})
+      if (const std::string why = pack(d, rows); !why.empty()) complain(name + " in chunks of " + std::to_string(rows), why);
     if (const Result r = draw(d); !r.not_finite.empty()) complain(name, "not finite:" + r.not_finite);
   };
   for (const Named& named : NAMED)
@@ -257,6 +288,7 @@ void draw_named() {
         auto [name, x] = bad.geometry()[field];
         const int64_t columns = (int64_t)x->size() / bad.n;
         (*x)[row * columns + row % columns] = value;
+        if (const std::string why = pack(bad, 5); !why.empty()) complain(std::string(name) + " with " + std::to_string(value), why);
         if (draw(bad).left_out == 0 && plain.drawn[row]) complain(name, std::to_string(value) + " in row " + std::to_string(row) + " was not counted");
       }
   for (real value : {NOT_A_NUMBER, INF, -INF}) {   // what the Python edge refuses before; here it may only not index memory
@@ -299,6 +331,7 @@ void draw_random(uint64_t seed) {
   bool finite = true;
   for (auto [name, x] : d.geometry())
     for (real value : *x) finite &= std::isfinite(value);
+  if (const std::string why = pack(d, 1 + g.below(40)); !why.empty()) complain("seed " + std::to_string(seed), why);
   const Result r = draw(d);
   // Without the cut-offs nothing bounds the gradients of what is far off and huge: there only memory must hold.
   if (finite && d.settings[SK_ALPHA_MIN] > 0 && !r.not_finite.empty()) complain("seed " + std::to_string(seed), "not finite:" + r.not_finite);

@@ -15,11 +15,14 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8, UInt32
+import torch
+from jaxtyping import Bool, Float, Int32, UInt8, UInt32
 from numpy import ndarray as Array
 
+from . import native
 from .scene import LOG_SCALE_MAX, Scene
 
 CHUNK = 65_536                  # rows of a chunk; the last one has what is left
@@ -30,8 +33,45 @@ VALUE_MAX = np.float32(1e30)    # beyond it a difference leaves float32
 BLOCK = 16_384                  # rows that are worked on at once: what they need stays in the cache, and fresh memory costs more than the arithmetic
 
 
+@dataclass(frozen=True)
+class Cores:
+    """The core planes of a scene's chunks, in a buffer that is there for as long as anybody has one of them."""
+
+    count: int              # rows of the scene
+    memory: Int32[Array, "chunks words"]
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    def __getitem__(self, chunk: int) -> memoryview:
+        return memoryview(self.memory[chunk].view(np.uint8))[:size_of("core", min(CHUNK, self.count - chunk * CHUNK), 1)]
+
+
+def cores(scene: Scene, room: Callable[[int], Int32[Array, " words"]] = lambda words: np.empty(words, np.int32)) -> Cores:
+    """The core planes of all chunks, in `room` for so many words. A row that is not finite becomes transparent.
+
+    By the native library on torch's threads; without one, and where a chunk holds what is not finite or huge, by numpy.
+    """
+    n, chunks = len(scene), -(-len(scene) // CHUNK)
+    words = -(-size_of("core", min(n, CHUNK), 1) // 4)
+    out = Cores(n, room(chunks * words)[:chunks * words].reshape(chunks, words))
+    library, unfit = native.library_for(scene.means), torch.ones(chunks, dtype=torch.int32)
+    if library is not None and n:
+        fields = (x.detach().contiguous() for x in (scene.means, scene.quats, scene.log_scales, scene.logit_opacities, scene.sh))
+        library.sk_pack_core(n, scene.sh.shape[1], *fields, CHUNK, words, torch.from_numpy(out.memory), unfit, None)
+    for k in unfit.nonzero().flatten().tolist():
+        out[k][:] = _core(scene.rows(slice(k * CHUNK, (k + 1) * CHUNK)))
+    return out
+
+
 def core(scene: Scene) -> bytes:
-    """The core plane of a chunk. A row that is not finite becomes transparent."""
+    """The core plane of a chunk."""
+    assert len(scene) <= CHUNK
+    return bytes(cores(scene)[0]) if len(scene) else _core(scene)
+
+
+def _core(scene: Scene) -> bytes:
+    """The same by numpy: what the native library is measured against."""
     n, fields = len(scene), [_array(x) for x in (scene.means, scene.log_scales, scene.sh[:, 0], scene.quats, scene.logit_opacities[:, None])]
     blocks = [slice(at, at + BLOCK) for at in range(0, n, BLOCK)]
     # A sum is finite where all its terms are; the other way round it costs a second look.
@@ -115,7 +155,7 @@ def pca(values: Float[Array, "N C"], weights: Float[Array, " N"], rows: int = 20
     return {"mean": mean.tolist(), "basis": basis.tolist(), "low": low.tolist(), "high": high.tolist()}
 
 
-def message(plane: str, chunk: int, version: int, frame: int, revision: int, data: bytes) -> bytes:
+def message(plane: str, chunk: int, version: int, frame: int, revision: int, data: bytes | memoryview) -> bytes:
     """A plane of a chunk as a message of the socket."""
     return MESSAGE.pack(b"SKM1", frame, chunk, version, revision, PLANES.index(plane)) + data
 
@@ -171,7 +211,7 @@ def _range_by(blocks: list[slice], x: Float[Array, "n C"]) -> tuple[Float[Array,
 def _quantised(x: Array, low: np.float32, high: np.float32, most: int) -> Array:
     """Rounded, still float32: assigning to whole numbers cuts nothing off."""
     out = x - low
-    out *= np.float32(0 if low == high else most / (float(high) - float(low)))
+    out *= np.float32(0 if low == high else min(most / (float(high) - float(low)), 3e38))
     return np.rint(np.minimum(out, np.float32(most), out=out), out=out)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import unwire
 
-from splatkit import Scene, render, wire
+from splatkit import Scene, native, render, wire
 from splatkit.camera import Cameras, look_at
 
 
@@ -136,6 +136,91 @@ def test_values_at_the_end_of_float32_stay_finite():
 def test_only_rows_that_are_not_finite_still_make_a_chunk():
     rows = unwire.core(wire.core(scene_of(4).map(lambda x: torch.full_like(x, math.nan))))
     assert len(rows) == 4 and all(math.isfinite(v) for row in rows for v in row["mean"])
+
+
+# ---- by the native library and by numpy
+
+
+@pytest.fixture(params=[*native.ISAS, "f64"])
+def encoder(request, monkeypatch):
+    """Scenes for one native library, which wire is to use."""
+    name = f"cpu_{request.param}"
+    if reason := native.available()[name]:
+        pytest.skip(reason)
+    monkeypatch.setenv("SPLATKIT_ISA", native.ISAS[-1] if request.param == "f64" else request.param)
+    return lambda scene: scene.to(dtype=torch.float64) if request.param == "f64" else scene
+
+
+def numbers(plane: bytes) -> tuple[bytes, np.ndarray]:
+    """Everything before the records, and the whole numbers in them, row by row."""
+    records = np.frombuffer(plane, wire.RECORD, offset=88)
+    rotation = [records["rotation"] >> 30, *(records["rotation"] >> shift & 1023 for shift in (20, 10, 0))]
+    return bytes(plane[:88]), np.column_stack([records["mean"], records["log_scale"], *rotation, records["opacity"], records["sh0"]]).astype(int)
+
+
+def assert_alike(scene: Scene) -> None:
+    planes = wire.cores(scene)
+    assert len(planes) == -(-len(scene) // wire.CHUNK)
+    for k in range(len(planes)):
+        (header, ours), (expected, theirs) = numbers(planes[k]), numbers(wire._core(scene.rows(slice(k * wire.CHUNK, (k + 1) * wire.CHUNK))))
+        # exp and a normalisation may round their last bit otherwise.
+        assert header == expected and abs(ours - theirs).max() <= 1 and (ours != theirs).mean() <= 1e-3, k
+
+
+@pytest.mark.parametrize("n, degree", [(0, 0), (1, 0), (2, 3), (15, 1), (16, 2), (17, 3), (wire.CHUNK, 0), (wire.CHUNK + 1, 2)])
+def test_the_native_library_writes_what_numpy_writes(encoder, n, degree):
+    assert_alike(encoder(scene_of(n, degree)))
+
+
+EXTREMES = {"equal rows": lambda s: s.map(lambda x: x[:1].expand_as(x).clone()), "zeros": lambda s: s.map(torch.zeros_like), "zero quaternions": lambda s: s.replace(quats=s.quats * 0),
+            "axes": lambda s: s.replace(quats=torch.eye(4).repeat(len(s) // 4 + 1, 1)[:len(s)] * torch.tensor([1.0, -1, 1, -1])), "equal components": lambda s: s.replace(quats=s.quats.sign()),
+            "quaternions of all lengths": lambda s: s.replace(quats=s.quats * torch.logspace(-30, 28, len(s))[:, None]),
+            "scales beyond where they are clamped": lambda s: s.replace(log_scales=s.log_scales * 50), "logits of 200": lambda s: s.replace(logit_opacities=s.logit_opacities.sign() * 200),
+            "values of 1e30": lambda s: s.replace(means=s.means.sign() * 1e30, sh=s.sh.sign() * 1e30), "a range that float32 hardly has": lambda s: s.replace(means=s.means.sign() * 1e-37)}
+
+
+@pytest.mark.parametrize("what", EXTREMES)
+def test_the_native_library_writes_what_numpy_writes_of_extremes(encoder, what):
+    assert_alike(encoder(EXTREMES[what](scene_of(300, 1))))
+
+
+@pytest.mark.parametrize("field", ["means", "quats", "log_scales", "logit_opacities", "sh"])
+def test_a_chunk_with_what_is_not_finite_or_huge_is_numpy_s(encoder, field):
+    scene = encoder(scene_of(40))
+    plain = wire.core(scene)
+    for row, bad in enumerate([*BAD, 1e31, -1e31] if field != "log_scales" else BAD):
+        hurt = scene.clone()
+        values = hurt.fields()[field].view(40, -1)
+        values[7 * row, row % min(3, values.shape[1])] = bad
+        assert wire.core(hurt) == wire._core(hurt) != plain
+
+
+def test_a_chunk_that_is_not_finite_changes_no_other(encoder):
+    scene = encoder(scene_of(wire.CHUNK + 40, 0))
+    first, second = map(bytes, map(wire.cores(scene).__getitem__, (0, 1)))
+    scene.means[wire.CHUNK + 9, 1] = math.nan
+    planes = wire.cores(scene)
+    assert planes[0] == first and planes[1] == wire._core(scene.rows(slice(wire.CHUNK, None))) != second
+
+
+def test_higher_bands_do_not_matter_to_the_core_plane(encoder):
+    scene = encoder(scene_of(40))
+    plane = wire.core(scene)
+    scene.sh[:, 1:] = math.nan
+    assert wire.core(scene) == plane
+
+
+def test_without_a_native_library_numpy_writes_all_chunks(without_native):
+    scene = scene_of(wire.CHUNK + 3, 0)
+    assert [bytes(plane) for plane in wire.cores(scene)] == [wire._core(scene.rows(rows)) for rows in (slice(0, wire.CHUNK), slice(wire.CHUNK, None))]
+
+
+def test_chunks_that_do_not_fit_are_refused(native_dtype):
+    scene, lib = scene_of(5, 0).to(dtype=native_dtype), native.cpu_library(native_dtype)
+    fields = (scene.means, scene.quats, scene.log_scales, scene.logit_opacities, scene.sh)
+    for bands, rows, words in ((1, 5, 43), (0, 5, 44), (1, 0, 44), (1, -1, 44)):
+        with pytest.raises(RuntimeError, match="sk_pack_core: chunks of .* do not fit"):
+            lib.sk_pack_core(5, bands, *fields, rows, words, torch.zeros(1, words, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), None)
 
 
 def test_the_picture_of_what_was_read_is_that_of_the_scene():

@@ -16,7 +16,7 @@ from .shown import Gone, Shown
 POLICY, TOO_MANY, GOING = 1008, 1013, 1001      # codes of a close frame (RFC 6455)
 WANTED_SECONDS = 10.0       # how long a run hands over copies after the last sign of a client
 
-Encode = Callable[[Shown, str, int], Awaitable[tuple[int, bytes]]]
+Encode = Callable[[Shown, str, int], Awaitable[tuple[int, bytes | memoryview]]]
 
 
 class Client:
@@ -99,16 +99,19 @@ class Client:
             version, data = await self.encode(shown, plane, chunk)
         if self.shown is not shown:
             return      # another scene is watched by now
+        message = wire.message(plane, chunk, version, self.frame, shown.state.revision, data)
+        del data        # it may be part of all chunks, which a client that takes his time must not keep
         if self.revision != shown.state.revision:
             await self._send_manifest(shown)
         self.have[plane, chunk] = version
-        await self.socket.send_bytes(wire.message(plane, chunk, version, self.frame, self.revision, data))
+        await self.socket.send_bytes(message)
+        shown.count_sent()
 
     def _lacking(self) -> list[tuple[str, int]]:
         """What has changed of what it watches: of core the whole first. A chunk that does not fit into the queue is for a request."""
         shown, state = self.shown, self.shown.state
-        fits = lambda plane, k: wire.size_of(plane, min(wire.CHUNK, len(state.scene) - k * wire.CHUNK), (shown.sh_degree + 1) ** 2, shown.channels) <= gate.QUEUED_MAX
-        there = {"core": True, "sh": shown.sh_degree > 0 and state.complete, "features": state.scene.features is not None}
+        fits = lambda plane, k: wire.size_of(plane, min(wire.CHUNK, state.count - k * wire.CHUNK), (shown.sh_degree + 1) ** 2, shown.channels) <= gate.QUEUED_MAX
+        there = {"core": True, "sh": shown.sh_degree > 0 and state.complete, "features": state.scene is not None and state.scene.features is not None}
         return [(plane, k) for plane in gate.PLANES if plane in self.planes and there[plane]
                 for k, version in enumerate(state.versions) if self.have.get((plane, k)) != version and fits(plane, k)]
 

@@ -143,7 +143,7 @@ class Viewer:
     def _in_worker(self, work, *arguments):
         return self.loop.run_in_executor(self.worker, work, *arguments)
 
-    async def _encode(self, shown: Shown, plane: str, chunk: int) -> tuple[int, bytes]:
+    async def _encode(self, shown: Shown, plane: str, chunk: int) -> tuple[int, bytes | memoryview]:
         return await self._in_worker(shown.chunk, self.cache, plane, chunk)
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -193,21 +193,26 @@ class Viewer:
             return gate.reply(400, "version: expected a whole number")
         shown = self._shown(key)
         if plane == "heat":
+            name = request.query.get("name", "")
+            if name in shown.heats:
+                await self._handed_over(shown, sh=False)
             try:
-                now, data = await self._in_worker(shown.heat, int(chunk), request.query.get("name", ""))
+                now, data = await self._in_worker(shown.heat, int(chunk), name)
             except BadFile as why:
                 self.say(f"view: {why}")
                 raise Gone(404, "a photo cannot be read; the terminal says more") from why
             return await _body(request, data, "application/octet-stream", {"X-Version": str(now)})
-        if plane in ("sh", "float32"):      # a run hands over SH only while somebody wants them
-            await self._complete(shown)
+        if plane in ("sh", "float32"):
+            await self._handed_over(shown)
         now, data = await self._in_worker(shown.chunk, self.cache, plane, int(chunk), None if version is None else int(version))
-        return await _body(request, data, "application/octet-stream", {"X-Version": str(now)})
+        return await _body(request, bytes(data), "application/octet-stream", {"X-Version": str(now)})      # a reader may take his time, and would keep all chunks
 
-    async def _complete(self, shown: Shown) -> None:
-        """Waits for a copy with SH, up to WANTED_SECONDS."""
-        shown.sh_wanted = shown.wanted = time.monotonic() + clients.WANTED_SECONDS
-        while shown.state and not shown.state.complete and not shown.done and time.monotonic() < shown.sh_wanted:
+    async def _handed_over(self, shown: Shown, sh: bool = True) -> None:
+        """Waits for a copy of the scene, up to WANTED_SECONDS: a run on the CPU hands over more than core planes, and any run `sh`, only while somebody wants them."""
+        until = shown.scene_wanted = shown.wanted = time.monotonic() + clients.WANTED_SECONDS
+        if sh:
+            shown.sh_wanted = until
+        while (state := shown.state) and not (state.complete if sh else state.scene is not None) and not shown.done and time.monotonic() < until:
             await asyncio.sleep(0.1)
 
     async def _photo(self, request, key, photo):
@@ -233,7 +238,7 @@ class Viewer:
             return gate.reply(400, str(why) if isinstance(why, gate.BadMessage) else "expected a JSON object with its Content-Length")
         except TimeoutError:
             return gate.reply(408, "the camera did not come in time")
-        await self._complete(shown)
+        await self._handed_over(shown)
         return await _body(request, await self._in_worker(_drawn, shown, wanted), "image/png")
 
 
@@ -279,8 +284,10 @@ def _drawn(shown: Shown, frame: gate.Frame) -> bytes:
     """PNG of the scene from a camera, by the rasterizer that runs draw with."""
     from PIL import Image
     camera = Cameras(torch.tensor(frame.world_to_cam, dtype=torch.float32).view(1, 4, 4), torch.tensor(frame.K, dtype=torch.float32).view(1, 3, 3), frame.width, frame.height)
+    if (scene := shown.present.scene) is None:
+        raise Gone(503, "the run has not handed over its scene yet; ask again")
     with torch.no_grad():
-        color = render(shown.present.scene.replace(features=None), camera, background=torch.tensor(frame.background, dtype=torch.float32), settings=shown.settings).color[0]
+        color = render(scene.replace(features=None), camera, background=torch.tensor(frame.background, dtype=torch.float32), settings=shown.settings).color[0]
     out = io.BytesIO()
     Image.fromarray(color_picture(color)).save(out, "PNG", compress_level=1)
     return out.getvalue()

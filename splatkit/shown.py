@@ -7,15 +7,17 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from jaxtyping import Int32
 from torch import Tensor
 
-from . import wire
+from . import native, wire
 from .camera import Cameras
 from .capture import Photo, SceneHeader
 from .gate import finite
@@ -66,30 +68,41 @@ class View:
 
 @dataclass(frozen=True)
 class State:
-    """One copy of a scene, and the version of each of its chunks: the revision at which it last changed."""
+    """One copy of a scene, or its core planes alone, and the version of each of its chunks: the revision at which it last changed."""
 
-    scene: Scene
+    scene: Scene | None
     complete: bool = True           # else without the SH bands above 0
     step: int | None = None
     revision: int = 0
     versions: tuple[int, ...] = ()
     heat: dict[str, Tensor] = field(default_factory=dict)
+    core: wire.Cores | None = None  # where there is no scene
+
+    @property
+    def count(self) -> int:
+        return len(self.scene) if self.core is None else self.core.count
 
     def rows(self, chunk: int) -> slice:
-        return slice(chunk * wire.CHUNK, min((chunk + 1) * wire.CHUNK, len(self.scene)))
+        return slice(chunk * wire.CHUNK, min((chunk + 1) * wire.CHUNK, self.count))
 
     def after(self, before: State | None) -> State:
-        """This copy with versions that follow from those of the one before: a chunk keeps its version where it keeps its bytes."""
+        """This copy with versions that follow from those of the one before: a chunk keeps its version where it keeps its bytes.
+
+        Core planes say nothing about the rest: between them and a scene every version changes.
+        """
         revision, versions = before.revision + 1 if before else 1, []
-        for k in range(-(-len(self.scene) // wire.CHUNK)):
+        for k in range(-(-self.count // wire.CHUNK)):
             kept = before is not None and k < len(before.versions) and self._equals(before, k)
             versions.append(before.versions[k] if kept else revision)
         return dataclasses.replace(self, revision=revision, versions=tuple(versions))
 
     def _equals(self, other: State, chunk: int) -> bool:
         rows = self.rows(chunk)
-        if other.rows(chunk) != rows:
+        if other.rows(chunk) != rows or (self.core is None) != (other.core is None):
             return False
+        if self.core is not None:
+            ours, theirs = np.frombuffer(self.core[chunk], np.uint8), np.frombuffer(other.core[chunk], np.uint8)
+            return np.array_equal(ours[:4096], theirs[:4096]) and np.array_equal(ours, theirs)
         ours, theirs = self.scene.fields(), other.scene.fields()
         if ours.keys() != theirs.keys() or any(ours[name].shape[1:] != theirs[name].shape[1:] for name in ours):
             return False
@@ -131,8 +144,9 @@ class Shown:
         self.metrics: dict[str, list] = {"steps": [], "loss": [], "psnr": [], "count": []}
         self.pca: dict | None = None
         self.done = False
-        self.spent = 0.0                                    # CPU-seconds of the worker
-        self.wanted, self.sh_wanted = 0.0, 0.0              # until when (time.monotonic) someone looks; at the higher bands
+        self.spent, self.sent, self._sent_at = 0.0, 0.0, None       # CPU-seconds of the worker; of the thread of the sockets from the first chunk on
+        self.wanted, self.scene_wanted, self.sh_wanted = 0.0, 0.0, 0.0      # until when (time.monotonic) someone looks; at more than core planes; at the higher bands
+        self.heat_names: tuple[str, ...] = ()               # of what a run hands over with a scene
         self._cameras, self._cameras_at = "[]", -math.inf
         self._loss: tuple[float, State, Tensor] | None = None       # when, of which copy, by Gaussian
 
@@ -146,7 +160,7 @@ class Shown:
 
     def put(self, state: State) -> None:
         """A newer copy takes the place of the one before."""
-        if state.scene.features is not None and self.pca is None:
+        if state.scene is not None and state.scene.features is not None and self.pca is None:
             log_scales = state.scene.log_scales.clamp(-30, 30)
             area = (log_scales.sum(1) - log_scales.amin(1)).exp()       # of the ellipse that the two longer axes span
             self.pca = wire.pca(state.scene.features.numpy(), (area * torch.sigmoid(state.scene.logit_opacities)).numpy())
@@ -162,13 +176,15 @@ class Shown:
     @property
     def heats(self) -> list[str]:
         """What Gaussians can be coloured by: what a run hands over, and how far photos are from pictures of them."""
-        return [*(self.state.heat if self.state else ()), *(["loss"] if any(view.photo for view in self.views) else [])]
+        return [*self.heat_names, *(["loss"] if any(view.photo for view in self.views) else [])]
 
     def heat(self, chunk: int, name: str) -> tuple[int, bytes]:
         """The version of a chunk and one heat of its rows, as it is now. Raises Gone."""
         state = self.present
         if chunk >= len(state.versions) or name not in self.heats:
             raise Gone(404, f"{self.name} has {len(state.versions)} chunks and the heats {', '.join(self.heats) or 'none'}")
+        if state.scene is None or name in self.heat_names and name not in state.heat:
+            raise Gone(503, "the run has not handed it over yet; ask again")
         values = state.heat[name] if name in state.heat else self._photo_loss(state)
         return state.versions[chunk], wire.heat(values[state.rows(chunk)][:, None].numpy())
 
@@ -185,17 +201,19 @@ class Shown:
         self.spent += time.thread_time() - start
         return values
 
-    def chunk(self, cache: Cache, plane: str, chunk: int, version: int | None = None) -> tuple[int, bytes]:
-        """The version of a chunk and one of its planes, as it is now. Raises Gone."""
+    def chunk(self, cache: Cache, plane: str, chunk: int, version: int | None = None) -> tuple[int, bytes | memoryview]:
+        """The version of a chunk and one of its planes, as it is now: whoever keeps a memoryview keeps all chunks of its copy. Raises Gone."""
         state = self.present
         if chunk >= len(state.versions):
             raise Gone(404, f"{self.name} has {len(state.versions)} chunks")
-        if plane == "features" and state.scene.features is None:
+        if plane == "features" and (state.scene is None or state.scene.features is None):
             raise Gone(404, f"{self.name} has no {plane}")
         if version not in (None, state.versions[chunk]):
             raise Gone(409, f"version {version} of chunk {chunk} is gone; it is at {state.versions[chunk]}")
         if plane in ("sh", "float32") and not state.complete:
             raise Gone(503, "the run has not handed over its SH yet; ask again")
+        if state.core is not None:
+            return state.versions[chunk], state.core[chunk]
         rows = state.rows(chunk)
 
         def encode() -> bytes:
@@ -205,6 +223,11 @@ class Shown:
             return data
         return state.versions[chunk], encode() if plane == "float32" else cache.get((self, plane, chunk), state.versions[chunk], encode)
 
+    def count_sent(self) -> None:
+        """After each chunk, in the thread of the sockets: adds what that has spent since the one before."""
+        now = time.thread_time()
+        self.sent, self._sent_at = self.sent + (0.0 if self._sent_at is None else now - self._sent_at), now
+
     def manifest(self, key: str) -> str:
         """JSON without its last brace, so that a message can have its type beside it."""
         state, now = self.present, time.monotonic()
@@ -213,8 +236,8 @@ class Shown:
             self._cameras, self._cameras_at = json.dumps([
                 {"name": v.name, "width": v.width, "height": v.height, "world_to_cam": v.world_to_cam, "K": v.K, "photo": i if v.photo else None, "loss": losses.get(i)}
                 for i, v in enumerate(self.views)]), now
-        counts = [min(wire.CHUNK, len(state.scene) - k * wire.CHUNK) for k in range(len(state.versions))]
-        said = {"format": "splatkit-scene", "version": 1, "id": key, "name": self.name, "count": len(state.scene), "sh_degree": self.sh_degree, "chunk_size": wire.CHUNK,
+        counts = [min(wire.CHUNK, state.count - k * wire.CHUNK) for k in range(len(state.versions))]
+        said = {"format": "splatkit-scene", "version": 1, "id": key, "name": self.name, "count": state.count, "sh_degree": self.sh_degree, "chunk_size": wire.CHUNK,
                 "header": {**self.header, "step": state.step, "name": self.name}, "step": state.step, "live": self.live and not self.done, "revision": state.revision,
                 "background": self.background, "chunks": [{"count": n, "version": v} for n, v in zip(counts, state.versions)],
                 "features": {"channels": self.channels, "pca": self.pca} if self.channels else None, "heat": self.heats}
@@ -235,14 +258,16 @@ class Shown:
 class Live:
     """The side of a run: takes copies of its scene between steps, never waits. The latest copy wins; without anybody who looks there is none.
 
-    `hand_over(install)` gives work to the server's worker. A copy is taken at most `rate` times a second, and so seldom that copies cost SHARE of the time: the
-    run waits while one is taken, and a run on the CPU does without what the worker spends on it, as if all cores were busy.
+    `hand_over(install)` gives work to the server's worker. On the CPU a copy is the core planes, encoded from where the scene lies, unless somebody looks at more. It is taken at
+    most `rate` times a second, and so seldom that copies cost SHARE of the time: the run waits while one is taken, and a run on the CPU does without what the server spends on it,
+    as if all cores were busy.
     """
 
     def __init__(self, shown: Shown, hand_over: Callable[[Callable[[], None]], None], rate: float = 2.0):
         self.shown, self.hand_over, self.rate = shown, hand_over, rate
         self.born, self.taken, self.taken_at, self.seconds, self.spent, self.cores = None, 0, -math.inf, 0.0, 0.0, os.cpu_count() or 1
         self.losses: dict[int, Tensor] = {}
+        self._rooms: deque[Tensor] = deque()                # for core planes, that nobody reads any more
         self._free: deque[dict[str, Tensor]] = deque()
         self._held: dict[str, Tensor] | None = None         # the buffers of the state that is shown
         self._on_the_way = threading.Event()
@@ -255,25 +280,43 @@ class Live:
             self.born = torch.where(edit.fresh, torch.full_like(self.born[:1], step), self.born[edit.source])
 
     def due(self) -> bool:
-        now, cost = time.monotonic(), self.seconds + (self.shown.spent - self.spent) / self.cores
+        now, cost = time.monotonic(), self.seconds + (self.shown.spent + self.shown.sent - self.spent) / self.cores
         return now >= self.taken_at + max(1 / self.rate, cost / SHARE) and now < max(self.shown.wanted, self.shown.sh_wanted) and not self._on_the_way.is_set()
 
-    def take(self, scene: Scene, step: int, heat: dict[str, Tensor] | None = None, complete: bool = False) -> None:
-        """Copies the scene for the server, with the SH bands above 0 only while somebody looks at them or where it is to be `complete`."""
-        start = time.perf_counter()
-        complete = complete or scene.sh.shape[1] == 1 or time.monotonic() < self.shown.sh_wanted
-        scene = scene.detach()
-        fields = {**(scene if complete else scene.replace(sh=scene.sh[:, :1])).fields(), **{f"heat.{name}": x for name, x in (heat or {}).items()}}
+    def take(self, scene: Scene, step: int, heat: dict[str, Tensor | Callable[[], Tensor]] | None = None, complete: bool = False) -> None:
+        """Copies the scene for the server, with the SH bands above 0 only while somebody looks at them or where it is to be `complete`.
+
+        `heat` is copied with a scene, not with core planes: what takes time to make may be a function.
+        """
+        start, scene, heat = time.perf_counter(), scene.detach(), heat or {}
+        sh_wanted = complete or time.monotonic() < self.shown.sh_wanted
+        whole = sh_wanted or time.monotonic() < self.shown.scene_wanted or scene.means.is_cuda or scene.features is not None or native.library_for(scene.means) is None
+        complete = whole and (sh_wanted or scene.sh.shape[1] == 1)
         self._on_the_way.set()
-        if scene.means.is_cuda:     # a copy on the card takes the run no time, and the way to the CPU is the worker's
-            buffers, copies, ready = None, {name: x.detach().clone() for name, x in fields.items()}, torch.cuda.Event()
-            ready.record()
+        buffers, ready, core, copies = None, None, None, {}
+        if whole:
+            fields = {**(scene if complete else scene.replace(sh=scene.sh[:, :1])).fields(), **{f"heat.{name}": x if isinstance(x, Tensor) else x() for name, x in heat.items()}}
+            if scene.means.is_cuda:     # a copy on the card takes the run no time, and the way to the CPU is the worker's
+                copies, ready = {name: x.detach().clone() for name, x in fields.items()}, torch.cuda.Event()
+                ready.record()
+            else:
+                buffers, copies = self._copied(fields)
         else:
-            (buffers, copies), ready = self._copied(fields), None
+            core = wire.cores(scene, self._room)
+        self.shown.heat_names = tuple(heat)
         losses = self.losses.copy()
-        self.hand_over(lambda: self._install(copies, buffers, complete, step, losses, ready))
+        self.hand_over(lambda: self._install(copies, buffers, core, complete, step, losses, ready))
         self.taken, self.taken_at, self.seconds = self.taken + 1, time.monotonic(), time.perf_counter() - start
-        self.spent, self.cores = self.shown.spent, math.inf if scene.means.is_cuda else self.cores
+        self.spent, self.cores = self.shown.spent + self.shown.sent, math.inf if scene.means.is_cuda else self.cores
+
+    def _room(self, words: int) -> Int32[np.ndarray, " room"]:
+        """Memory for core planes, used before where there is such; it comes back when nobody refers to the array any more."""
+        buffer = self._rooms.popleft() if self._rooms else torch.empty(0, dtype=torch.int32)
+        if len(buffer) < words:
+            buffer = torch.empty(words * 5 // 4, dtype=torch.int32)
+        room = buffer.numpy()
+        weakref.finalize(room, self._rooms.append, buffer).atexit = False
+        return room
 
     def _copied(self, fields: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Buffers, used before where there are such, since fresh memory costs as much as the copy; and the copies that lie in them."""
@@ -284,7 +327,7 @@ class Live:
             buffers[name][:len(x)].copy_(x)
         return buffers, {name: buffers[name][:len(x)] for name, x in fields.items()}
 
-    def _install(self, copies: dict[str, Tensor], buffers: dict[str, Tensor] | None, complete: bool, step: int, losses: dict[int, Tensor], ready) -> None:
+    def _install(self, copies: dict[str, Tensor], buffers: dict[str, Tensor] | None, core: wire.Cores | None, complete: bool, step: int, losses: dict[int, Tensor], ready) -> None:
         """In the worker."""
         try:
             if ready is not None:
@@ -294,7 +337,7 @@ class Live:
                     losses = dict(zip(losses, torch.stack(list(losses.values())).tolist())) if losses else {}
             heat = {name.removeprefix("heat."): copies.pop(name).float() for name in list(copies) if name.startswith("heat.")}
             self.shown.losses = {i: float(x) for i, x in losses.items()}
-            self.shown.put(State(Scene(**copies).to(dtype=torch.float32), complete, step, heat=heat))
+            self.shown.put(State(None if core is not None else Scene(**copies).to(dtype=torch.float32), complete, step, heat=heat, core=core))
             if self._held is not None:      # nobody reads the state before any more: all readers are in this worker
                 self._free.append(self._held)
             self._held = buffers

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -161,10 +161,10 @@ class Watching(Watcher):
         self.shown.record(record)
         self.viewer.poke()
 
-    def _heat(self, fit: Fit) -> dict[str, Tensor]:
-        heat, stats = {"age": fit.step - self.live.born}, fit.growth.stats
+    def _heat(self, fit: Fit) -> dict[str, Callable[[], Tensor]]:
+        heat, stats = {"age": lambda: fit.step - self.live.born}, fit.growth.stats
         if stats is not None:
-            heat["gradient"] = stats.grad_sum / stats.count.clamp(min=1)
+            heat["gradient"] = lambda: stats.grad_sum / stats.count.clamp(min=1)
         return heat
 
     def close(self, whole: bool = True) -> None:

@@ -40,8 +40,9 @@ from shows import complete                               # noqa: E402
 from splatkit import Scene, io, page, render             # noqa: E402
 from splatkit.camera import Cameras                      # noqa: E402
 from splatkit.capture import SceneHeader                 # noqa: E402
+from splatkit.live import Live                           # noqa: E402
 from splatkit.serve import Viewer                        # noqa: E402
-from splatkit.shown import Live, Shown                   # noqa: E402
+from splatkit.shown import Shown                         # noqa: E402
 
 VIEWER = ROOT / "viewer"
 PEERS = {"@sparkjsdev/spark": "2.2.0", "playcanvas": "2.23.3", "three": "0.187.0"}

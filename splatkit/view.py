@@ -19,11 +19,12 @@ from .fit import Fit
 from .io.atomic import replacing
 from .io.reading import Report, silent
 from .io.source import load_source
+from .live import Live
 from .poses import refined
 from .reconstruct import Watcher
 from .scene import Edit, Scene
 from .serve import Viewer
-from .shown import Cache, Live, Shown, State, View
+from .shown import Cache, Shown, State, View
 from .views import Views, scene_of
 
 

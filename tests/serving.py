@@ -23,8 +23,9 @@ from test_serve_security import descriptors, hostile, with_token      # noqa: E4
 
 from splatkit import Scene, io                      # noqa: E402
 from splatkit.capture import SceneHeader            # noqa: E402
+from splatkit.live import Live                      # noqa: E402
 from splatkit.serve import Viewer                   # noqa: E402
-from splatkit.shown import Live, Shown              # noqa: E402
+from splatkit.shown import Shown                    # noqa: E402
 
 
 def memory_mb() -> float:

@@ -13,9 +13,10 @@ from served import Page, get, scene_of, wait_for
 
 from splatkit import Scene, clients, wire
 from splatkit.capture import SceneHeader
+from splatkit.live import Live
 from splatkit.scene import Edit
 from splatkit.serve import Viewer
-from splatkit.shown import Cache, Live, Shown
+from splatkit.shown import Cache, Shown
 
 
 class Steps:

@@ -7,8 +7,9 @@ import torch
 from shows import camera, complete, drawn, psnr, reference, sphere
 
 from splatkit.capture import SceneHeader
+from splatkit.live import Live
 from splatkit.serve import Viewer
-from splatkit.shown import Live, Shown
+from splatkit.shown import Shown
 
 
 def test_a_run_is_followed_while_it_grows_and_the_camera_stays(browser):

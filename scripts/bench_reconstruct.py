@@ -104,6 +104,7 @@ def _done(run: dict, args) -> dict:
         start, environment = time.monotonic(), {**os.environ, **({"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {})}
         with open(Path(folder) / "log", "w+") as log:
             child = subprocess.Popen([sys.executable, "-m", "splatkit.cli", *_command(run, data, folder)], stdout=log, stderr=log, env=environment, cwd=ROOT)
+            peak = _peak_until_the_end(child.pid)
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
             seconds = time.monotonic() - start
@@ -113,12 +114,22 @@ def _done(run: dict, args) -> dict:
         made = Path(folder) / ("run-refined" if run.get("start") == "lifted" else "run")
         result = json.loads((made / "eval" / "metrics.json").read_text())
         row = {"run": run, "psnr": result["psnr"], "ssim": result["ssim"], "gaussians": result["gaussians"], "photos": {n: p["psnr"] for n, p in result["photos"].items()},
-               "seconds": round(seconds, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "peak_mib": usage.ru_maxrss // 1024, "threads": 1 if args.jobs > 1 else os.cpu_count(),
+               "seconds": round(seconds, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "peak_mib": peak, "threads": 1 if args.jobs > 1 else os.cpu_count(),
                **_of_scene(made, run, args)}
     with _lock:
         rows = [other for other in _rows() if other["run"] != run] + [row]
         FILE.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
     return row
+
+
+def _peak_until_the_end(pid: int) -> int:
+    """MiB that were resident at most, of a child that is not waited for yet. What the kernel says of one that has ended counts its parent's memory too, from before its exec."""
+    peak = 0
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        peak = max([peak, *(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:"))])
+        time.sleep(0.1)
+    return peak
 
 
 def _of_scene(run_folder: Path, run: dict, args) -> dict:
@@ -160,7 +171,7 @@ def _print_tables(rows: list[dict]) -> None:
         registered = f"{r['registered']} of {r['offered']}" if "registered" in r else ""
         full = f"{r['psnr_full_size']:.2f}" if "psnr_full_size" in r else ""
         print(f"| {run['capture']}{' (bare)' * (run['part'] == 'bare')} | {run['flags'][1]} | {run['seed']} | {r['psnr']:.2f} | {min(photos):.2f}, {max(photos):.2f} | {full} | {r['ssim']:.4f} | "
-              f"{r['gaussians']:,} | {r['seconds']:.0f} | {r['cpu_seconds']:.0f} | {r['peak_mib']} | {registered} |")
+              f"{r['gaussians']:,} | {r['seconds']:.0f} | {r['cpu_seconds']:.0f} | {r['peak_mib'] or ''} | {registered} |")
     if compared := of("optimisers"):
         print("\n| capture | threshold | Adam: PSNR dB, Gaussians | AdamW-GS: PSNR dB, Gaussians |\n|---|---|---|---|")
         for capture in CAPTURES:

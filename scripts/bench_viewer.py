@@ -139,8 +139,8 @@ class Clock(threading.Thread):
 class Engine:
     """A browser of its own with one page."""
 
-    def __init__(self, nice: int = 0):
-        self.browser = chromium.Browser(nice)
+    def __init__(self, idle: bool = False):
+        self.browser = chromium.Browser(idle)
         self.tree = Tree(self.browser.node.pid)
 
     def blank(self, size: Size) -> chromium.Page:
@@ -359,25 +359,25 @@ def million(b: Bench) -> Iterator[Row | dict]:
 def live(b: Bench) -> Iterator[Row | dict]:
     """A run that changes all rows in each step, on one thread; blocks of it with and without copies for the viewer in turn. The tab stays open in both. A browser on another machine takes none
     of the run's time: one with the lowest priority stands for it, and then one with the run's own."""
-    found = {nice: _beside_a_run(b, nice) for nice in (19, 0)}
-    yield {f"browser of nice {nice}": {"costs": costs, "updates": updates} for nice, (costs, updates) in found.items()}
-    for nice, (costs, updates) in found.items():
+    found = {idle: _beside_a_run(b, idle) for idle in (True, False)}
+    yield {"browser that takes what is left" if idle else "browser as urgent as the run": {"costs": costs, "updates": updates} for idle, (costs, updates) in found.items()}
+    for idle, (costs, updates) in found.items():
         slower = [float(np.median([x[i] for x in costs["with"]]) / np.median([x[i] for x in costs["without"]]) - 1) for i in (0, 1)]
         seconds = sum(x["seconds"] for x in updates)
         rate, copying = sum(x["rows"] for x in updates) / b.size.many / seconds, sum(x["copying"] for x in updates) / seconds
-        yield Row(f"live update of {b.size.many:,} at 1 Hz, the browser {'takes what is left' if nice else 'as urgent as the run'}: the run is slower by", "<= 2 %" if nice else "", "",
+        yield Row(f"live update of {b.size.many:,} (SH degree 0) at 1 Hz, the browser {'takes what is left' if idle else 'as urgent as the run'}: the run is slower by", "<= 2 %" if idle else "", "",
                   f"{100 * slower[0]:+.1f} % wall, {100 * slower[1]:+.1f} % CPU of its thread, of which copies {100 * copying:.1f} %; {rate:.2f} whole updates/s arrive",
-                  slower[0] <= 0.02 and rate >= 0.9 if nice and b.size is not QUICK else None)
+                  slower[0] <= 0.02 and rate >= 0.9 if idle and b.size is not QUICK else None)
 
 
-def _beside_a_run(b: Bench, nice: int) -> tuple[dict[str, list[tuple[float, float]]], list[dict]]:
+def _beside_a_run(b: Bench, idle: bool) -> tuple[dict[str, list[tuple[float, float]]], list[dict]]:
     """Wall and CPU seconds of a step in blocks with and without copies, and what came of the copies of each block."""
     shown, some, camera = Shown("run", SceneHeader(), live=True), b.many.rows(slice(0, 20_000)), b.camera()
     threads, moving = torch.get_num_threads(), b.many.replace(means=b.many.means.clone())
     torch.set_num_threads(1)
     costs: dict[str, list[tuple[float, float]]] = {"with": [], "without": []}
     updates = []
-    with Viewer([shown]) as server, Engine(nice) as e:
+    with Viewer([shown]) as server, Engine(idle) as e:
         run = Live(shown, server.hand_over, rate=1.0)
         run.take(moving, 0, complete=True)
         tab = b.on_server(e.browser, server, moving)

@@ -11,7 +11,7 @@ from aiohttp import WSMsgType, web
 
 from . import gate, wire
 from .gate import Ack, BadMessage, Hello, Watch
-from .shown import Gone, Shown
+from .shown import Gone, Shown, State
 
 POLICY, TOO_MANY, GOING = 1008, 1013, 1001      # codes of a close frame (RFC 6455)
 WANTED_SECONDS = 10.0       # how long a run hands over copies after the last sign of a client
@@ -75,37 +75,42 @@ class Client:
                 await self.socket.send_str(json.dumps({"type": "metrics", **tail}))
             if self.frame > self.acknowledged:
                 continue
-            if self.revision != shown.state.revision:
-                await self._send_manifest(shown)
+            if self.revision != (state := shown.state).revision:
+                await self._send_manifest(shown, state)
             if lacking := self._lacking():
-                self.frame += 1
+                self.frame, sent = self.frame + 1, False
                 for plane, chunk in lacking:
                     with contextlib.suppress(Gone):     # the scene has become smaller meanwhile, or has no SH yet
-                        await self._send_chunk(shown, plane, chunk)
-                self.poked.set()
+                        sent |= await self._send_chunk(shown, plane, chunk)
+                if sent:
+                    self.poked.set()
+                else:
+                    self.acknowledged = self.frame      # there is nothing that a client could acknowledge
             elif shown.done and not self.done_sent:
                 self.done_sent = True
-                await self._send_manifest(shown)        # it is live no more, and has the last losses
+                await self._send_manifest(shown, shown.state)       # it is live no more, and has the last losses
                 await self.socket.send_str('{"type": "done"}')
 
-    async def _send_manifest(self, shown: Shown) -> None:
-        self.revision = shown.state.revision
-        await self.socket.send_str(f'{{"type": "manifest", {shown.manifest(self.key)[1:]}}}')
+    async def _send_manifest(self, shown: Shown, state: State) -> None:
+        self.revision = state.revision
+        await self.socket.send_str(f'{{"type": "manifest", {shown.manifest(self.key, state)[1:]}}}')
 
-    async def _send_chunk(self, shown: Shown, plane: str, chunk: int) -> None:
-        """A chunk that belongs to the manifest before it, whatever the run does meanwhile."""
-        version = None
-        while version is None or shown.state.versions[chunk:chunk + 1] != (version,):
+    async def _send_chunk(self, shown: Shown, plane: str, chunk: int) -> bool:
+        """Sends a chunk that belongs to the manifest before it, whatever the run does meanwhile; False where another scene is watched by now."""
+        state = None
+        while state is None or state.versions[chunk:chunk + 1] != (version,):
             version, data = await self.encode(shown, plane, chunk)
+            state = shown.state
         if self.shown is not shown:
-            return      # another scene is watched by now
-        message = wire.message(plane, chunk, version, self.frame, shown.state.revision, data)
+            return False
+        message = wire.message(plane, chunk, version, self.frame, state.revision, data)
         del data        # it may be part of all chunks, which a client that takes his time must not keep
-        if self.revision != shown.state.revision:
-            await self._send_manifest(shown)
+        if self.revision != state.revision:
+            await self._send_manifest(shown, state)
         self.have[plane, chunk] = version
         await self.socket.send_bytes(message)
         shown.count_sent()
+        return True
 
     def _lacking(self) -> list[tuple[str, int]]:
         """What has changed of what it watches: of core the whole first. A chunk that does not fit into the queue is for a request."""

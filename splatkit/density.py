@@ -194,10 +194,10 @@ def dropped(scene: Scene, rate: float, generator: torch.Generator | None = None,
     """The scene with each Gaussian left out with probability `rate`, 0 <= rate < 1, and the others 1 / (1 - rate) times as opaque (DropGaussian, Park et al. 2025).
 
     On the mean over the draws each opacity is what it was, but that none goes above 1 - 1e-6. Logit opacities are new, the other fields are the scene's; gradients reach
-    those of `scene`, except where a Gaussian is left out or at that bound. With `part`, `scene` is those rows of a larger one, for all of which is drawn.
+    those of `scene`, except where a Gaussian is left out, at that bound, or transparent (below 1e-30). With `part`, `scene` is those rows of a larger one, for all of which is drawn.
     Generator on the scene's device.
     """
     draws = torch.rand(part.total if part else len(scene), device=scene.device, generator=generator)
     kept = (part.of(draws) if part else draws) >= rate
-    opacity = (torch.sigmoid(scene.logit_opacities) / (1 - rate)).clamp(max=1 - 1e-6)
+    opacity = (torch.sigmoid(scene.logit_opacities) / (1 - rate)).clamp(1e-30, 1 - 1e-6)
     return scene.replace(logit_opacities=torch.where(kept, torch.logit(opacity), LEFT_OUT))

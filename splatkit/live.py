@@ -24,7 +24,8 @@ SHARE = 0.015               # of a run's time that its copies may cost
 class Live:
     """The side of a run: takes copies of its scene between steps, never waits. The latest copy wins; without anybody who looks there is none.
 
-    `hand_over(install)` gives work to the server's worker. On the CPU a copy is the core planes, encoded from where the scene lies, unless somebody looks at more. It is taken at
+    `hand_over(install)` gives work to the server's worker. On the CPU a copy is the core planes, encoded from where the scene lies, unless somebody looks at more: at SH bands
+    above 0, as pages do where the run has them, at heat, at a film. It is taken at
     most `rate` times a second, and so seldom that copies cost SHARE of the time: the run waits while one is taken, and a run on the CPU does without what the server spends on it,
     as if all cores were busy.
     """
@@ -56,7 +57,8 @@ class Live:
         """
         start, scene, heat = time.perf_counter(), scene.detach(), heat or {}
         sh_wanted = complete or time.monotonic() < self.shown.sh_wanted
-        whole = sh_wanted or time.monotonic() < self.shown.scene_wanted or scene.means.is_cuda or scene.features is not None or native.library_for(scene.means) is None
+        asked = self.shown.scene_wanted > max(self.taken_at, 0.0)       # since the last copy, however long ago that was
+        whole = sh_wanted or asked or scene.means.is_cuda or scene.features is not None or native.library_for(scene.means) is None
         complete = whole and (sh_wanted or scene.sh.shape[1] == 1)
         self._on_the_way.set()
         buffers, ready, core, copies = None, None, None, {}

@@ -22,6 +22,7 @@ STUCK = 12.0                        # seconds after SIGTERM in which a process e
 
 stopping = threading.Event()        # Ctrl-C was pressed: all processes stop behind the same step
 _ending = threading.Event()         # this process is about to end: SIGTERM has nothing to add
+_said = ""                          # why this process ends, as it told the others
 _wakeup = -1                        # where signals of this process are written down, for the thread that hears them while the main one waits outside of Python
 
 
@@ -90,7 +91,7 @@ def joined() -> Iterator[Process]:
 @contextmanager
 def _signals(me: Process, words: dist.Store) -> Iterator[None]:
     """Ctrl-C is noted, SIGTERM raises ProcessLost; only the main thread can ask for that."""
-    global _wakeup
+    global _said, _wakeup
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -99,6 +100,8 @@ def _signals(me: Process, words: dist.Store) -> Iterator[None]:
         if not _ending.is_set():
             _ending.set()
             raise ProcessLost("this process was told to end (SIGTERM)")
+    _ending.clear()
+    _said = ""
     told, _wakeup = os.pipe()
     os.set_blocking(_wakeup, False)
     left, woken_before = threading.Event(), signal.set_wakeup_fd(_wakeup, warn_on_full_buffer=False)
@@ -134,7 +137,13 @@ def _end_where_stuck(told: int, left: threading.Event, me: Process, words: dist.
         while (number := signals.read(1)) and number[0] != signal.SIGTERM:
             pass
     if number and not left.wait(STUCK):
-        error = _told(ProcessLost("this process was told to end (SIGTERM)"), me, words)
+        lost = ProcessLost("this process was told to end (SIGTERM), and others do not answer; --resume goes on from the last checkpoint")
+        # By another thread, for the store may wait too: for a process that is silent and keeps it, or for this one's main thread.
+        found: list[SplatkitError] = []
+        asking = threading.Thread(target=lambda: found.append(_told(lost, me, words)), daemon=True)
+        asking.start()
+        asking.join(LAST_WORDS + 1)
+        error = SplatkitError(_said) if _said else found[0] if found else lost
         if not isinstance(error, EndedElsewhere):
             sys.stderr.write(f"splatkit: {error}\n")
             sys.stderr.flush()
@@ -142,8 +151,10 @@ def _end_where_stuck(told: int, left: threading.Event, me: Process, words: dist.
 
 
 def _say(words: dist.Store, rank: int, text: str) -> None:
+    global _said
+    _said = text or _said
     try:
-        words.set(str(rank), text)
+        words.set(str(rank), _said)
     except RuntimeError:        # the process that kept the store is gone
         pass
 

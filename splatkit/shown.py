@@ -223,9 +223,9 @@ class Shown:
         now = time.thread_time()
         self.sent, self._sent_at = self.sent + (0.0 if self._sent_at is None else now - self._sent_at), now
 
-    def manifest(self, key: str) -> str:
-        """JSON without its last brace, so that a message can have its type beside it."""
-        state, now = self.present, time.monotonic()
+    def manifest(self, key: str, state: State | None = None) -> str:
+        """JSON of the newest copy or of that one, without its last brace, so that a message can have its type beside it."""
+        state, now = state or self.present, time.monotonic()
         if now - self._cameras_at > 5 or self.done:     # many cameras take milliseconds
             losses = {i: finite(x) for i, x in self.losses.copy().items()}
             self._cameras, self._cameras_at = json.dumps([

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,10 +33,12 @@ class BrowserError(Exception):
 
 
 class Browser:
-    """One browser process; every test opens pages of its own. With `nice` 19 it takes what others leave of the machine."""
+    """One browser process; every test opens pages of its own. With `idle` it takes what others leave of the machine."""
 
-    def __init__(self, nice: int = 0):
-        self.node = subprocess.Popen(["nice", "-n", str(nice), "node", str(VIEWER / "tests" / "browser.mjs"), chromium()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, idle: bool = False):
+        # Not by its nice value, which Chromium raises for some of its threads where it may.
+        policy = (lambda: os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))) if idle else None
+        self.node = subprocess.Popen(["node", str(VIEWER / "tests" / "browser.mjs"), chromium()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=policy)
 
     def __call__(self, command: str, **arguments):
         self.node.stdin.write(json.dumps({"command": command, **arguments}) + "\n")

@@ -128,13 +128,13 @@ def do_lift(shard: Shard, folder: Path) -> None:
         (folder / "said of two").write_text(said[0].partition("; ")[2])
 
 
-def waiting(environment: dict[str, str], said: Path, waits: Path) -> None:
-    """One of two processes, of which the second never takes part in an exchange that the first waits in."""
+def waiting(environment: dict[str, str], said: Path, waits: Path, silent: int) -> None:
+    """One of two processes, of which one never takes part in an exchange that the other waits in."""
     os.environ.update(environment)
     sys.stdout = sys.stderr = said.open("w", buffering=1)
     processes.STUCK = 1.0
     with processes.joined() as me:
-        if me.rank == 1:
+        if me.rank == silent:
             time.sleep(600)
         waits.touch()
         with processes.exchange():

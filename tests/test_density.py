@@ -266,16 +266,24 @@ def test_a_share_is_left_out_and_each_opacity_is_what_it_was_on_the_mean():
 
 def test_an_opaque_gaussian_stays_finite_and_what_is_left_out_has_no_gradient():
     scene = random_scene(500, dtype=torch.float64)
-    logits = torch.linspace(-20, 40, 500, dtype=torch.float64).requires_grad_()
+    logits = torch.linspace(-200, 40, 500, dtype=torch.float64).requires_grad_()
     shown = dropped(scene.replace(logit_opacities=logits), 0.3, torch.Generator().manual_seed(0))
     left_out, opacity = shown.logit_opacities == LEFT_OUT, torch.sigmoid(logits.detach())
     assert bool(torch.isfinite(shown.logit_opacities).all()) and torch.sigmoid(shown.logit_opacities).max() <= 1 - 0.99e-6
     grad, = torch.autograd.grad(shown.logit_opacities.sum(), logits)
-    held = left_out | (opacity > 0.7 * (1 - 1e-6))
+    held = left_out | (opacity > 0.7 * (1 - 1e-6)) | (opacity < 0.7e-30)
     assert bool((grad[held] == 0).all()) and bool((grad[~held] > 0).all())
     torch.testing.assert_close(torch.sigmoid(shown.logit_opacities[~held]), opacity[~held] / 0.7)
     # d logit(o / 0.7) / d logit(o), worked out by hand.
     torch.testing.assert_close(grad[~held], (1 - opacity[~held]) / (1 - opacity[~held] / 0.7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_finite_opacity_stays_finite_with_its_gradient(dtype):
+    logits = torch.tensor([-1e30, -1000, -120, -100, -88, -1, 0, 1, 88, 1000, 1e30], dtype=dtype).requires_grad_()
+    shown = dropped(random_scene(11, dtype=dtype).replace(logit_opacities=logits), 0.3, torch.Generator().manual_seed(1))
+    grad, = torch.autograd.grad(shown.logit_opacities.sum(), logits)
+    assert bool(torch.isfinite(shown.logit_opacities).all()) and bool(torch.isfinite(grad).all())
 
 
 def test_the_parts_of_a_scene_leave_out_what_the_whole_does():

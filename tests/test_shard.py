@@ -149,17 +149,19 @@ def test_a_killed_process_ends_the_other_with_a_message_and_leaves_a_whole_check
     assert checkpoint.load(tmp_path / "checkpoint").step % 20 == 0
 
 
-def test_a_process_that_waits_for_one_that_is_silent_hears_sigterm_and_says_who_is_lost(tmp_path):
+@pytest.mark.parametrize(("silent", "words"), [(1, "process 1 of 2 (counted from 0) was lost"), (0, "this process was told to end (SIGTERM), and others do not answer")])
+def test_a_process_that_waits_for_one_that_is_silent_hears_sigterm_and_says_so(tmp_path, silent, words):
     said, waits = [tmp_path / f"said.{rank}" for rank in range(2)], tmp_path / "waits"
-    with started(sharded.waiting, [(text, waits) for text in said]) as (waiting, _):
+    with started(sharded.waiting, [(text, waits, silent) for text in said]) as running:
         deadline = time.monotonic() + 120
         while not waits.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.5)         # until it is in the exchange
-        os.kill(waiting.pid, signal.SIGTERM)
-        waiting.join(60)
-        assert waiting.exitcode == 2
-    assert said[0].read_text().splitlines()[-1].startswith("splatkit: process 1 of 2 (counted from 0) was lost")
+        os.kill(running[silent].pid, signal.SIGSTOP)        # the first process keeps what all say, and then it answers nobody
+        os.kill(running[1 - silent].pid, signal.SIGTERM)
+        running[1 - silent].join(60)
+        assert running[1 - silent].exitcode == 2
+    assert said[1 - silent].read_text().splitlines()[-1].startswith(f"splatkit: {words}")
 
 
 def process_of(parent: int, rank: int) -> int:

@@ -78,7 +78,10 @@ export class Connection extends Emitter<ConnectionEvents> {
   }
 
   /** One heat of every Gaussian, by its name in the manifest. */
-  async heat(name: string): Promise<Float32Array> {
+  heat(name: string): Promise<Float32Array> {
+    return twice(() => this.heatNow(name));
+  }
+  private async heatNow(name: string): Promise<Float32Array> {
     const m = this.manifest!, out = new Float32Array(m.count);
     for (const [k, { count }] of m.chunks.entries()) {
       const bytes = await (await this.get(`/api/scene/${encodeURIComponent(m.id)}/chunk/${k}/heat?name=${encodeURIComponent(name)}`)).arrayBuffer();
@@ -89,7 +92,10 @@ export class Connection extends Emitter<ConnectionEvents> {
   }
 
   /** The scene unrounded, as the server has it now. */
-  async exact(): Promise<SplatScene> {
+  exact(): Promise<SplatScene> {
+    return twice(() => this.exactNow());
+  }
+  private async exactNow(): Promise<SplatScene> {
     const m = readManifest(await (await this.get(`/api/scene/${encodeURIComponent(this.sceneId)}`)).json()), scene = blankScene(m.count, m.sh_degree, m.header);
     for (const [k, chunk] of m.chunks.entries()) {
       const reply = await this.get(`/api/scene/${encodeURIComponent(m.id)}/chunk/${k}/float32?version=${chunk.version}`);
@@ -258,4 +264,14 @@ function grown(before: SplatScene | null, manifest: Manifest): SplatScene {
   if (!before || before.shDegree !== scene.shDegree) return scene;
   for (const key of ["means", "quats", "logScales", "logitOpacities", "sh"] as const) scene[key].set(before[key].subarray(0, scene[key].length));
   return scene;
+}
+
+/** Once more where it fails: a run hands over more than it shows only when it is asked, in its next copy, which may have other rows and versions than the manifest that one asked by. */
+async function twice<T>(work: () => Promise<T>): Promise<T> {
+  try {
+    return await work();
+  } catch {
+    await new Promise((done) => setTimeout(done, 500));
+    return work();
+  }
 }

@@ -53,7 +53,7 @@ export class GlEngine {
   private asking = false;
   private stamp = 0; // of the rows that an order is of
 
-  /** `exact` blends colours in half floats; without it they go straight to the canvas, 8 bits, which software renderers do faster. */
+  /** `exact` blends colours in half floats; without it they go straight to the canvas, 8 bits, and exp2 is a polynomial, which software renderers do faster. */
   constructor(private readonly gl: GL, private readonly orders: OrderClient, private readonly exact: boolean, private readonly changed: () => void) {
     this.picture = new Target(gl, gl.RGBA8);
   }

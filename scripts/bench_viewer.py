@@ -106,14 +106,15 @@ class Tree:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> float:
-        """MB that are resident, shared pages counted by share where the system says so."""
+        """MB, as memory_of."""
         return sum(map(memory_of, self.processes()))
 
 
 def memory_of(pid: int | str) -> float:
+    """MB of a process that are resident, without pages of files: what it has of a library depends on who else maps it. Shared memory is counted by share."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+        return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
     except OSError:
         return 0.0
 

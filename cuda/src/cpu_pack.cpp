@@ -1,11 +1,11 @@
-// The core planes of a viewer's chunks: two passes over the rows of each, one for the ranges, one for the records. The formulas are in sk/pack.h.
+// The core planes of a viewer's chunks: two passes over the rows of each, one for the ranges, one for the records. The formulas are in cpu_pack.h.
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
 #include "cpu_entry.h"
+#include "cpu_pack.h"
 #include "cpu_threads.h"
-#include "sk/pack.h"
 
 namespace sk {
 namespace {

@@ -1,6 +1,6 @@
 // A Gaussian as a viewer's wire has it: 17 bytes, quantised in the ranges of its chunk. splatkit/wire.py says what each byte means, and does the same in numpy.
 #pragma once
-#include "vec.h"
+#include "sk/vec.h"
 
 namespace sk {
 

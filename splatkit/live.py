@@ -25,9 +25,8 @@ class Live:
     """The side of a run: takes copies of its scene between steps, never waits. The latest copy wins; without anybody who looks there is none.
 
     `hand_over(install)` gives work to the server's worker. On the CPU a copy is the core planes, encoded from where the scene lies, unless somebody looks at more: at SH bands
-    above 0, as pages do where the run has them, at heat, at a film. It is taken at
-    most `rate` times a second, and so seldom that copies cost SHARE of the time: the run waits while one is taken, and a run on the CPU does without what the server spends on it,
-    as if all cores were busy.
+    above 0, as pages do where the run has them, at heat, at a film. It is taken at most `rate` times a second, and so seldom that copies cost SHARE of the time: the run waits
+    while one is taken, and a run on the CPU does without what the server spends on it, as if all cores were busy.
     """
 
     def __init__(self, shown: Shown, hand_over: Callable[[Callable[[], None]], None], rate: float = 2.0):

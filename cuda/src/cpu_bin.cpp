@@ -30,10 +30,13 @@ template <class F> SK_FN void for_tiles(const BlendArgs& a, int64_t span, F&& f)
 
 void count_tiles(const BlendArgs& a, const int32_t* order, const int64_t* reached, int64_t first, int64_t last, int64_t visible, int64_t* spans, int32_t* count) {
   __builtin_memset(count, 0, sizeof(int32_t) * (size_t)a.tiles_x * a.tiles_y);
-  for (int64_t i = first; i < last; i++) {
-    if (i + 16 < visible) __builtin_prefetch(reached + order[i + 16]);
-    spans[i] = reached[order[i]];
-    for_tiles(a, spans[i], [&](int32_t t) { count[t]++; });
+  for (int64_t from = first; from < last; from += CHUNK) {   // first fetched, then counted: what waits for memory waits together
+    const int64_t to = last - from < CHUNK ? last : from + CHUNK;
+    for (int64_t i = from; i < to; i++) {
+      if (i + 16 < visible) __builtin_prefetch(reached + order[i + 16]);
+      spans[i] = reached[order[i]];
+    }
+    for (int64_t i = from; i < to; i++) for_tiles(a, spans[i], [&](int32_t t) { count[t]++; });
   }
 }
 

@@ -1,15 +1,22 @@
 // What tests/test_browser_formats.py runs in node: reads files and reports what came out of each.
 // node formats.mjs files.json in.bin out.bin; files.json lists names and sizes, in.bin holds their bytes one after the other.
 import { readFileSync, writeFileSync } from "node:fs";
-import { BadFile, readSplats } from "../src/formats";
+import { BadFile, readSplats, Source } from "../src/formats";
 
 const [files, input, output] = process.argv.slice(2) as [string, string, string];
+/** Pieces as a disk or a network gives them: of any length, and some of none. */
+const inPieces = (bytes: Uint8Array, most: number) => new ReadableStream<Uint8Array>({
+  async pull(controller) {
+    for (let at = 0; at < bytes.length; ) controller.enqueue(bytes.subarray(at, (at += Math.floor(Math.random() * most))));
+    controller.close();
+  },
+});
 const bytes = readFileSync(input), out: Uint8Array[] = [], report: unknown[] = [];
 let at = 0, peak = 0;
 for (const { name, size, keep } of JSON.parse(readFileSync(files, "utf8")) as { name: string; size: number; keep: boolean }[]) {
-  const buffer = Uint8Array.from(bytes.subarray(at, (at += size))).buffer, before = performance.now();
+  const own = Uint8Array.from(bytes.subarray(at, (at += size))), before = performance.now();
   try {
-    const { scene, note } = await readSplats(name, buffer), seconds = (performance.now() - before) / 1000;
+    const { scene, note } = await readSplats(new Source(name, size, inPieces(own, size < 1e5 ? 300 : 1e6))), seconds = (performance.now() - before) / 1000;
     const arrays = [scene.means, scene.quats, scene.logScales, scene.logitOpacities, scene.sh];
     const f = scene.features, finite = arrays.every((array) => array.every(Number.isFinite));
     if (keep) for (const a of f ? [...arrays, f.scale, f.offset, f.int8] : arrays) out.push(new Uint8Array(a.buffer, a.byteOffset, a.byteLength));

@@ -13,10 +13,10 @@ export function isCompressed(ply: Ply): boolean {
   return ply.elements.some((e) => e.name === "vertex" && e.types.has("packed_position"));
 }
 
-export function readCompressedPly(ply: Ply): Loaded {
-  const { file, bytes } = ply;
+export async function readCompressedPly(ply: Ply): Promise<Loaded> {
+  const { file } = ply;
   if (ply.ascii || !ply.little) throw new BadFile(file, "format", "a compressed PLY is binary_little_endian");
-  const element = (name: string) => ply.elements.find((e) => e.name === name);
+  const bytes = await ply.source.rest(), element = (name: string) => ply.elements.find((e) => e.name === name);
   const vertex = element("vertex")!, chunk = element("chunk"), sh = element("sh"), n = vertex.count;
   if (!chunk) throw new BadFile(file, "header", "no element chunk: the ranges of the packed numbers are missing");
   /** The numbers of an element whose properties are exactly `names`, in order, all of `type`. */

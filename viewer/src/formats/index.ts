@@ -1,37 +1,37 @@
 /** Splat files to scenes, by what the bytes say and, for .splat, by the name. */
-import { reasonOf } from "../errors";
 import { isCompressed, readCompressedPly } from "./compressed_ply";
 import { isPly, openPly, readPly } from "./ply";
 import { BadFile, type Loaded } from "./reading";
+import { Source } from "./source";
 import { readSplat } from "./splat";
 import { isGzip, isSpz4, readSpz } from "./spz";
 
 export { BadFile, type Loaded } from "./reading";
+export { Source } from "./source";
 
 const FILE_MAX = 2 ** 31 - 1; // bytes: what browsers put into one buffer
 
 /** Reads a file that was dropped or picked. Rejects with BadFile, one line, whatever is wrong with it. */
 export async function readFile(file: File): Promise<Loaded> {
   if (file.size > FILE_MAX) throw new BadFile(file.name, "", `${(file.size / 2 ** 30).toFixed(1)} GB, and a page reads at most 2 GB; open it with: splatkit view`);
-  let bytes: ArrayBuffer;
+  const source = new Source(file.name, file.size, file.stream());
   try {
-    bytes = await file.arrayBuffer();
-  } catch (why) {
-    throw new BadFile(file.name, "", `cannot be read: ${reasonOf(why)}`);
+    return await readSplats(source);
+  } finally {
+    source.close();
   }
-  return readSplats(file.name, bytes);
 }
 
 /** The scene in the bytes of a file of this name. Rejects with BadFile, one line, whatever is wrong with them. */
-export async function readSplats(name: string, buffer: ArrayBuffer): Promise<Loaded> {
-  const bytes = new Uint8Array(buffer), suffix = /\.[^.]*$/.exec(name.toLowerCase())?.[0] ?? "";
+export async function readSplats(source: Source): Promise<Loaded> {
+  const { name } = source, suffix = /\.[^.]*$/.exec(name.toLowerCase())?.[0] ?? "", head = await source.peek(8);
   try {
-    if (isPly(bytes) || suffix === ".ply") {
-      const ply = openPly(name, bytes);
-      return isCompressed(ply) ? readCompressedPly(ply) : readPly(ply);
+    if (isPly(head) || suffix === ".ply") {
+      const ply = await openPly(source);
+      return await (isCompressed(ply) ? readCompressedPly(ply) : readPly(ply));
     }
-    if (isGzip(bytes) || isSpz4(bytes) || suffix === ".spz") return await readSpz(name, bytes);
-    if (suffix === ".splat") return readSplat(name, bytes);
+    if (isGzip(head) || isSpz4(head) || suffix === ".spz") return await readSpz(name, await source.rest());
+    if (suffix === ".splat") return readSplat(name, await source.rest());
   } catch (why) {
     if (why instanceof RangeError) throw new BadFile(name, "", "the browser has no memory left for this scene; open it with: splatkit view"); // an allocation that failed
     throw why;

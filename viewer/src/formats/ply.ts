@@ -2,6 +2,7 @@
 import { DEFAULT_HEADER, type SceneHeader } from "../scene";
 import { headerOfJson } from "./header";
 import { BadFile, type Degree, emptyScene, finished, type Loaded } from "./reading";
+import type { Source } from "./source";
 
 const HEADER_MAX = 64 * 1024; // bytes
 const ROWS_AT_ONCE = 1024; // column after column within so many rows: they stay in the cache
@@ -26,7 +27,7 @@ interface Element {
 /** A PLY file whose header was read and whose data are known to be there. */
 export interface Ply {
   file: string;
-  bytes: Uint8Array;
+  source: Source; // from the file's beginning
   ascii: boolean;
   little: boolean;
   elements: Element[];
@@ -41,9 +42,10 @@ export function isPly(bytes: Uint8Array): boolean {
 }
 
 /** Reads the header and checks that the data it asks for can be there. */
-export function openPly(file: string, bytes: Uint8Array): Ply {
+export async function openPly(source: Source): Promise<Ply> {
+  const { name: file, size } = source, bytes = await source.peek(HEADER_MAX);
   if (!isPly(bytes)) throw new BadFile(file, "byte 0", bytes.length ? "not a PLY file" : "the file is empty");
-  const head = latin1(bytes.subarray(0, HEADER_MAX)), end = /\nend_header[ \t]*\r?\n/.exec(head);
+  const head = latin1(bytes), end = /\nend_header[ \t]*\r?\n/.exec(head);
   if (!end) throw new BadFile(file, "header", `no end_header line in the first ${head.length} bytes`);
   let order = "";
   const elements: Element[] = [], comments: string[] = [];
@@ -63,14 +65,14 @@ export function openPly(file: string, bytes: Uint8Array): Ply {
     } else throw new BadFile(file, where, `not a PLY header line: ${line.trim().slice(0, 80)}`);
   });
   if (!order) throw new BadFile(file, "header", "no format line");
-  const ascii = order === "ascii", start = end.index + end[0].length, left = bytes.length - start;
+  const ascii = order === "ascii", start = end.index + end[0].length, left = size - start;
   // No file can hold an element in less: a list may be empty, a number in ASCII takes a digit and a separator.
   const needed = elements.reduce((sum, e) => sum + e.count * (ascii ? 2 * e.types.size : bytesOf(e)), 0);
-  if (needed > left) throw new BadFile(file, `byte ${bytes.length}`, `the file ends early: the header asks for at least ${needed} bytes of data, ${left} follow`);
-  return { file, bytes, ascii, little: order !== "binary_big_endian", elements, comments, start };
+  if (needed > left) throw new BadFile(file, `byte ${size}`, `the file ends early: the header asks for at least ${needed} bytes of data, ${left} follow`);
+  return { file, source, ascii, little: order !== "binary_big_endian", elements, comments, start };
 }
 
-export function readPly(ply: Ply): Loaded {
+export async function readPly(ply: Ply): Promise<Loaded> {
   const { file } = ply, vertex = ply.elements.find((e) => e.name === "vertex");
   if (!vertex) throw new BadFile(file, "header", "no element vertex");
   if (vertex.hasList) throw new BadFile(file, "element vertex", "has a list property; expected one number per property");
@@ -90,8 +92,7 @@ export function readPly(ply: Ply): Loaded {
     ...numbered("f_rest", rest).map((name, i): [string, Float32Array, number, number] => [name, scene.sh, 3 * bands, 3 * (1 + (i % (bands - 1))) + Math.floor(i / (bands - 1))]),
     ...(features ? numbered("feat", channels).map((name, i): [string, Float32Array, number, number] => [name, features, channels, i]) : []),
   ];
-  if (ply.ascii) readAscii(ply, vertex, targets);
-  else readBinary(ply, vertex, targets);
+  await (ply.ascii ? readAscii : readBinary)(ply, vertex, targets);
   features?.forEach((value, i) => {
     if (!Number.isFinite(value)) scene.means[3 * Math.floor(i / channels)] = NaN; // so that the row is left out: 8 bits have no NaN
   });
@@ -112,20 +113,20 @@ export function startOf(ply: Ply, name: string): number {
   return at;
 }
 
-function readBinary(ply: Ply, vertex: Element, targets: Targets): void {
-  const stride = bytesOf(vertex), from = startOf(ply, "vertex"), n = vertex.count, offsets = new Map<string, number>();
+async function readBinary(ply: Ply, vertex: Element, targets: Targets): Promise<void> {
+  const stride = bytesOf(vertex), n = vertex.count, offsets = new Map<string, number>();
   let at = 0;
   for (const [name, type] of vertex.types) offsets.set(name, at), (at += Number(type[1]));
-  const bytes = ply.bytes.subarray(from, from + n * stride), view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
-  const floats = ply.little && littleMachine && [...vertex.types.values()].every((t) => t === "f4"); // read as they lie, but from a place where they are aligned
-  const block = new Float32Array(floats ? (ROWS_AT_ONCE * stride) / 4 : 0), blockBytes = new Uint8Array(block.buffer);
+  const bytes = new Uint8Array(ROWS_AT_ONCE * stride), view = new DataView(bytes.buffer);
+  const floats = ply.little && littleMachine && [...vertex.types.values()].every((t) => t === "f4") ? new Float32Array(bytes.buffer) : null; // read as they lie
+  await ply.source.skip(startOf(ply, "vertex"));
   for (let first = 0; first < n; first += ROWS_AT_ONCE) {
-    const last = Math.min(n, first + ROWS_AT_ONCE);
-    if (floats) blockBytes.set(bytes.subarray(first * stride, last * stride));
+    const rows = Math.min(ROWS_AT_ONCE, n - first);
+    await ply.source.fill(bytes.subarray(0, rows * stride));
     for (const [name, array, width, place] of targets) {
       const offset = offsets.get(name)!, read = READ[vertex.types.get(name)!];
-      if (floats) takeColumn(block, offset / 4, stride / 4, array, first * width + place, width, last - first);
-      else for (let row = first; row < last; row++) array[row * width + place] = read(view, row * stride + offset, ply.little);
+      if (floats) takeColumn(floats, offset / 4, stride / 4, array, first * width + place, width, rows);
+      else for (let row = 0; row < rows; row++) array[(first + row) * width + place] = read(view, row * stride + offset, ply.little);
     }
   }
 }
@@ -137,8 +138,8 @@ function takeColumn(block: Float32Array, at: number, stride: number, out: Float3
 const DECIMAL = /^[-+.\deE]+$/; // what Number() takes of these characters alone is a decimal number
 
 /** One line per row, as every writer does it. */
-function readAscii(ply: Ply, vertex: Element, targets: Targets): void {
-  const { file, bytes } = ply, index = [...vertex.types.keys()], columns = index.length;
+async function readAscii(ply: Ply, vertex: Element, targets: Targets): Promise<void> {
+  const { file } = ply, bytes = await ply.source.rest(), index = [...vertex.types.keys()], columns = index.length;
   let skip = 0, at = ply.start, cut = false;
   for (const e of ply.elements) {
     if (e.name === "vertex") break;

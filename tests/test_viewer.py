@@ -55,6 +55,41 @@ def test_many_gaussians_of_a_file_are_drawn_to_the_last_bit_by_webassembly(brows
     tab.close()
 
 
+def test_what_changes_while_a_scene_goes_over_to_the_rasterizer_is_drawn(browser, tmp_path):
+    scene, view = made_up(200_000), camera_of(160, 120, 120)
+    scene = scene.replace(sh=scene.sh[:, :1].contiguous())
+    io.save(tmp_path / "scene.ply", scene)
+    tab = browser.open(page.PAGE.as_uri(), width=160, height=120)
+    tab.drop(selector="#file", path=str(tmp_path / "scene.ply"))
+    tab.wait("window.splatkit.scene")
+    # Of four parts two are under way when rows of the first and of the last move, and of each three Gaussians one is hidden. Another scene comes before the first is over.
+    counts = tab.run("""const {raster} = app.stage, {scene} = app, shown = Uint8Array.from({length: scene.count}, (_, i) => i % 3 ? 1 : 0), counts = [];
+        const draw = () => raster.render({...app.view(), width: 8, height: 8}, 'colour', app.stage.shot().reading, [0, 0, 0]);
+        raster.setScene({...scene, count: 1000, ...Object.fromEntries(['means', 'quats', 'logScales', 'logitOpacities', 'sh'].map((k) => [k, scene[k].slice(0, 1000 * scene[k].length / scene.count)]))});
+        await draw();
+        raster.setScene({...scene});
+        const replaced = draw();
+        raster.setScene(scene);
+        const first = draw();
+        counts.push(raster.given);
+        for (const row of [0, 199000]) { for (let i = 3 * row; i < 3 * (row + 1000); i += 3) scene.means[i] += 0.5; raster.update(row, row + 1000); }
+        raster.setVisible(shown);
+        await Promise.all([replaced, first]);
+        counts.push(raster.given);
+        app.stage.changedRows();
+        return counts;""")
+    assert counts == [2 * 65536, 200_000]
+    means = scene.means.clone()
+    for row in (0, 199_000):
+        means[row:row + 1000, 0] += 0.5
+    changed = scene.replace(means=means)
+    exact = reference(changed.rows(torch.arange(len(scene)) % 3 != 0), view)
+    assert psnr(drawn(tab, "wasm", view), (255 * exact).round() / 255) >= 80
+    tab.run("app.stage.raster.setVisible(null); app.stage.changedRows()")
+    assert psnr(drawn(tab, "wasm", view), (255 * reference(changed, view)).round() / 255) >= 80
+    tab.close()
+
+
 def test_many_gaussians_arrive_as_good_as_they_were(browser):
     scene, view = many()
     with Shows(browser, scene, width=64, height=48) as tab:

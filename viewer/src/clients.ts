@@ -1,4 +1,5 @@
 /** The page's ends of its workers. */
+import { fromBase64 } from "./base64";
 import type { Reading, Rgb } from "./mapping";
 import type { View } from "./pose";
 import { bandsOf, type SplatScene } from "./scene";
@@ -7,6 +8,7 @@ import OrderWorker from "./workers/order.worker?worker&inline";
 import type { OrderReply, OrderRequest } from "./workers/order.worker";
 import RasterWorker from "./workers/raster.worker?worker&inline";
 import type { RasterReply, RasterRequest } from "./workers/raster.worker";
+import { buffersOf, type Part, type Rows } from "./wasm";
 
 /** Depth orders of the rows that are shown. Its worker starts with the first order that is asked for. */
 export class OrderClient {
@@ -56,50 +58,73 @@ export class RasterClient {
   private scene: SplatScene | null = null;
   private visible: Uint8Array | null = null;
   private attribute: Float32Array | null = null;
-  private given = false; // the worker has the scene
+  private giving: Promise<void> | null = null; // of the scene to the worker
+  private given = 0; // rows of it that the worker has
+  private spares: Rows[] = []; // arrays that came back, to carry the next rows: of fresh ones every page of memory is new, and costs more than the copying
   private readonly waiting = new Map<number, { done: (reply: RasterReply) => void; failed: (why: Error) => void }>();
   private next = 0;
 
   setScene(scene: SplatScene): void {
-    [this.scene, this.visible, this.attribute, this.given] = [scene, null, null, false];
+    [this.scene, this.visible, this.attribute, this.giving, this.given, this.spares] = [scene, null, null, null, 0, []];
   }
   update(first: number, last: number): void {
-    if (this.given) this.post({ type: "rows", first, ...copied(this.scene!, first, last) });
+    last = Math.min(last, this.given); // what has still to go over goes as it is then
+    if (first < last) this.send(first, last).catch(() => {}); // who waits for a picture hears it
   }
   setVisible(visible: Uint8Array | null): void {
     this.visible = visible;
-    if (this.given) this.post({ type: "visible", visible });
+    if (this.giving) this.post({ type: "visible", visible });
   }
   setAttribute(values: Float32Array): void {
     this.attribute = values;
-    if (this.given) this.post({ type: "attribute", values });
+    if (this.giving) this.post({ type: "attribute", values });
   }
 
   async render(view: View, attribute: "colour" | "attribute" | "normal" | "depth", reading: Reading, background: Rgb): Promise<Extract<RasterReply, { type: "picture" }>> {
-    return (await this.ask({ type: "render", id: ++this.next, view, attribute, reading, background })) as Extract<RasterReply, { type: "picture" }>;
+    await this.has();
+    return this.ask({ type: "render", id: ++this.next, view, attribute, reading, background }) as Promise<Extract<RasterReply, { type: "picture" }>>;
   }
   async weights(view: View, x: number, y: number): Promise<Extract<RasterReply, { type: "weights" }>> {
-    return (await this.ask({ type: "weights", id: ++this.next, view, x, y })) as Extract<RasterReply, { type: "weights" }>;
+    await this.has();
+    return this.ask({ type: "weights", id: ++this.next, view, x, y }) as Promise<Extract<RasterReply, { type: "weights" }>>;
+  }
+
+  /** Until the worker has the scene that is shown; another may come in between. */
+  private async has(): Promise<void> {
+    for (let under: Promise<void> | null = null; !under || under !== this.giving; await under) under = this.giving ??= this.give();
+  }
+  /** Hands the scene over in parts, two of which are under way. */
+  private async give(): Promise<void> {
+    const scene = this.scene!, { count, shDegree, header } = scene, under: Promise<void>[] = [];
+    this.start();
+    this.given = 0;
+    this.post({ type: "scene", scene: { count, shDegree, header } });
+    if (this.visible) this.post({ type: "visible", visible: this.visible });
+    if (this.attribute) this.post({ type: "attribute", values: this.attribute });
+    while (this.given < count) {
+      if (under.length === 2) await under.shift();
+      if (scene !== this.scene) return;
+      const first = this.given, part = this.send(first, (this.given = Math.min(count, first + ROWS_AT_ONCE)));
+      part.catch(() => {}); // is heard where it is waited for, and another may be before it
+      under.push(part);
+    }
+    await Promise.all(under);
+    this.spares = [];
+  }
+  private async send(first: number, last: number): Promise<void> {
+    const reply = await this.ask({ type: "rows", id: ++this.next, first, rows: rowsOf(this.scene!, first, last, this.spares.pop()) });
+    if (reply.type === "rows" && this.spares.length < 2) this.spares.push(reply.rows);
   }
 
   private ask(request: Extract<RasterRequest, { id: number }>): Promise<RasterReply> {
     return new Promise((done, failed) => {
       this.waiting.set(request.id, { done, failed });
-      this.start();
-      if (!this.given) {
-        const { count, shDegree, header } = this.scene!;
-        this.post({ type: "scene", scene: { count, shDegree, header, ...copied(this.scene!, 0, count) } });
-        if (this.visible) this.post({ type: "visible", visible: this.visible });
-        if (this.attribute) this.post({ type: "attribute", values: this.attribute });
-        this.given = true;
-      }
       this.post(request);
     });
   }
   /** Rows go over by their memory, which costs nothing; a copy that the browser makes costs two. */
   private post(message: RasterRequest): void {
-    const rows = message.type === "rows" ? message : message.type === "scene" ? message.scene : null;
-    this.worker!.postMessage(message, rows ? [rows.means, rows.quats, rows.logScales, rows.logitOpacities, rows.sh].map((x) => x.buffer as ArrayBuffer) : []);
+    this.worker!.postMessage(message, message.type === "rows" ? buffersOf(message.rows) : []);
   }
 
   /** Starts the worker and has it compile its module: what a first picture then need not wait for. */
@@ -119,22 +144,34 @@ export class RasterClient {
     };
     this.post({ type: "module", wasm: wasmBytes() });
   }
+  /** For a first picture by WebAssembly that is as fast as the next. */
+  warmUp(): void {
+    this.start();
+    this.post({ type: "warm" });
+  }
 
   private fail(message: string): void {
     this.worker?.terminate();
-    [this.worker, this.given] = [null, false];
+    [this.worker, this.giving, this.given] = [null, null, 0];
     const waiting = [...this.waiting.values()];
     this.waiting.clear();
     for (const w of waiting) w.failed(new Error(message));
   }
 }
 
-/** Rows first <= row < last of what is drawn, to be given away. */
-function copied(s: SplatScene, first: number, last: number): Pick<SplatScene, "means" | "quats" | "logScales" | "logitOpacities" | "sh"> {
-  const cut = (x: Float32Array, width: number) => x.slice(width * first, width * last);
-  return { means: cut(s.means, 3), quats: cut(s.quats, 4), logScales: cut(s.logScales, 3), logitOpacities: cut(s.logitOpacities, 1), sh: cut(s.sh, 3 * bandsOf(s.shDegree)) };
+const ROWS_AT_ONCE = 65536; // as a server sends them
+
+/** Rows first <= row < last of what is drawn, to be given away; in `spare` where that has their size. */
+function rowsOf(s: SplatScene, first: number, last: number, spare?: Rows): Rows {
+  const cut = (name: Part, width: number) => {
+    const from = s[name].subarray(width * first, width * last), into = spare?.[name];
+    if (into?.length !== from.length) return from.slice();
+    into.set(from);
+    return into;
+  };
+  return { means: cut("means", 3), quats: cut("quats", 4), logScales: cut("logScales", 3), logitOpacities: cut("logitOpacities", 1), sh: cut("sh", 3 * bandsOf(s.shDegree)) };
 }
 
 function wasmBytes(): ArrayBuffer {
-  return Uint8Array.from(atob(wasmUrl.slice(wasmUrl.indexOf(",") + 1)), (c) => c.charCodeAt(0)).buffer;
+  return fromBase64(wasmUrl.slice(wasmUrl.indexOf(",") + 1)).buffer;
 }

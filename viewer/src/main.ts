@@ -1,6 +1,7 @@
 /** Starts the page: a scene that it carries, else the server that it came from, else an invitation to drop a file. */
 import "./styles.css";
 import { App } from "./app";
+import { fromBase64 } from "./base64";
 import { Connection, takeToken } from "./connection";
 import { reasonOf } from "./errors";
 import { readFile } from "./formats";
@@ -67,7 +68,7 @@ function start(): void {
   const carried = document.getElementById("scene"), token = carried ? null : takeToken();
   if (carried) {
     try {
-      const read = readContainer(Uint8Array.from(atob(carried.textContent.trim()), (c) => c.charCodeAt(0)));
+      const read = readContainer(fromBase64(carried.textContent.trim()));
       carried.remove();
       app.open(read.scene, (manifest = { ...read.manifest, cameras: read.manifest.cameras.map((c) => ({ ...c, photo: null })) }));
     } catch (why) {

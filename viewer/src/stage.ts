@@ -65,6 +65,7 @@ export class Stage {
     const info = gl.getExtension("WEBGL_debug_renderer_info");
     this.renderer = String(gl.getParameter(info ? info.UNMASKED_RENDERER_WEBGL : gl.RENDERER));
     this.software = /swiftshader|llvmpipe|softpipe|software|basic render/i.test(this.renderer);
+    if (this.software) this.raster.warmUp();
     this.start();
     canvas.addEventListener("webglcontextlost", (event) => {
       event.preventDefault();

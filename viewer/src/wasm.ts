@@ -1,6 +1,6 @@
 /** The CPU rasterizer of splatkit in WebAssembly: the same C++ as the native library (cuda/src/wasm.cpp), one thread. */
 import { reasonOf } from "./errors";
-import type { SplatScene } from "./scene";
+import { DEFAULT_HEADER, type SplatScene } from "./scene";
 
 export interface Picture {
   color: Float32Array; // H x W x 3, premultiplied, background shining through the rest
@@ -29,8 +29,17 @@ interface Exports {
 }
 
 const PARTS = ["means", "quats", "logScales", "logitOpacities", "sh"] as const;
-type Part = (typeof PARTS)[number];
-const partsOf = (scene: SplatScene): Float32Array[] => PARTS.map((name) => scene[name]);
+export type Part = (typeof PARTS)[number];
+export type Rows = Record<Part, Float32Array>;
+/** What hands rows over when it is transferred. */
+export const buffersOf = (rows: Rows): ArrayBuffer[] => PARTS.map((name) => rows[name].buffer as ArrayBuffer);
+export type Outline = Pick<SplatScene, "count" | "shDegree" | "header">; // a scene without its rows
+
+/** Numbers a Gaussian of each part. */
+function widthsOf({ count, shDegree }: Outline): number[] {
+  if (!Number.isInteger(count) || count < 0 || ![0, 1, 2, 3].includes(shDegree)) throw new Error(`a scene of ${count} Gaussians and SH degree ${shDegree}; expected a count and a degree of 0 to 3`);
+  return [3, 4, 3, 1, 3 * (shDegree + 1) ** 2];
+}
 const MEMORY_KEPT = 64 * 2 ** 20; // bytes that an instance may hold beyond four times its scene
 const SIDE_MAX = 32768; // pixels; tiles are packed in 12 bits
 const SETTINGS = 8; // doubles before the camera in `parameters`
@@ -57,16 +66,30 @@ export class WasmRaster {
     }
   }
 
+  /** Draws something small for so long, so that a first large picture finds fast code: browsers begin with quick code of half its speed, and a call that is under way stays in it to its end. */
+  warmUp(ms = 20): void {
+    const n = 2048, scatter = (step: number) => Float32Array.from({ length: 3 * n }, (_, i) => ((i * step) % 1) - 0.5), fill = (width: number, value: number) => new Float32Array(width * n).fill(value);
+    this.setScene({ count: n, shDegree: 0, means: scatter(0.6180339887), quats: fill(4, 0.5), logScales: fill(3, -3.5), logitOpacities: fill(1, 0), sh: scatter(0.7548776662), header: DEFAULT_HEADER });
+    for (const end = performance.now() + ms; performance.now() < end; this.prepared = null) this.render([1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 1.5, 0, 0, 0, 1], [64, 0, 32, 0, 64, 24, 0, 0, 1], 64, 48, [0, 0, 0], false);
+    this.exports = null;
+  }
+
   /** Copies the scene in; what was drawn before is forgotten, and a raster that had stopped works again. */
   setScene(scene: SplatScene): void {
-    const n = scene.count, parts = partsOf(scene);
-    if (!Number.isInteger(n) || n < 0 || ![0, 1, 2, 3].includes(scene.shDegree)) throw new Error(`a scene of ${n} Gaussians and SH degree ${scene.shDegree}; expected a count and a degree of 0 to 3`);
-    this.widths = [3, 4, 3, 1, 3 * (scene.shDegree + 1) ** 2];
-    parts.forEach((array, k) => {
-      if (array.length !== n * this.widths[k]!) throw new Error(`scene.${PARTS[k]} holds ${array.length} numbers; expected ${this.widths[k]} for each of ${n} Gaussians`);
+    const widths = widthsOf(scene);
+    PARTS.forEach((name, k) => {
+      if (scene[name].length !== scene.count * widths[k]!) throw new Error(`scene.${name} holds ${scene[name].length} numbers; expected ${widths[k]} for each of ${scene.count} Gaussians`);
     });
+    this.makeRoom(scene);
+    this.setRows(0, scene);
+  }
+
+  /** As setScene, for a scene whose rows come by setRows; until then they are zeros or those of a scene before. */
+  makeRoom(scene: Outline): void {
+    const { count: n, shDegree, header: h } = scene;
+    this.widths = widthsOf(scene);
     // Memory never shrinks: a scene much smaller than the one before gets an instance of its own, and the pages of the other go.
-    const bytes = parts.reduce((sum, array) => sum + array.byteLength, 0);
+    const bytes = 4 * n * this.widths.reduce((sum, width) => sum + width, 0);
     if (!this.exports || this.exports.memory.buffer.byteLength > 4 * bytes + MEMORY_KEPT) this.exports = new WebAssembly.Instance(this.module).exports as unknown as Exports;
     this.prepared = null;
     this.attributeAt = this.sceneEnd = 0;
@@ -74,12 +97,16 @@ export class WasmRaster {
     this.guarded((e) => {
       this.base ||= e.mark();
       e.release(this.base);
-      const at = (this.parts = parts.map((array) => this.put(array)));
-      e.set_scene(n, scene.shDegree, at[0]!, at[1]!, at[2]!, at[3]!, at[4]!);
+      const at = (this.parts = this.widths.map((width) => this.room(4 * width * n)));
+      e.set_scene(n, shDegree, at[0]!, at[1]!, at[2]!, at[3]!, at[4]!);
       this.sceneEnd = e.mark();
-      const h = scene.header;
       new Float64Array(e.memory.buffer, e.parameters_at(), SETTINGS).set([h.near, h.blur_px2, h.antialias ? 1 : 0, h.alpha_min, h.alpha_max, h.transmittance_min, h.fov_margin, 0]);
     });
+  }
+
+  /** The scene's numbers of one part, as they lie in the module: to be read before the next call. */
+  part(name: Part): Float32Array {
+    return this.guarded((e) => new Float32Array(e.memory.buffer, this.parts[PARTS.indexOf(name)], this.widths[PARTS.indexOf(name)]! * this.count));
   }
 
   /** Other values for the rows from `first` on; arrays as in a scene, and those that are left out stay. */

@@ -2,59 +2,60 @@
 import { reasonOf } from "../errors";
 import { normalsTowards, toPixels, type Reading, type Rgb } from "../mapping";
 import { centreOf, type View } from "../pose";
-import { ABSENT, type SplatScene } from "../scene";
-import { WasmRaster } from "../wasm";
+import { ABSENT } from "../scene";
+import { buffersOf, WasmRaster, type Outline, type Rows } from "../wasm";
 
 export type RasterRequest =
   | { type: "module"; wasm: ArrayBuffer }
-  | { type: "scene"; scene: SplatScene }
-  | { type: "rows"; first: number; means: Float32Array; quats: Float32Array; logScales: Float32Array; logitOpacities: Float32Array; sh: Float32Array }
+  | { type: "warm" }
+  | { type: "scene"; scene: Outline } // its rows follow
+  | { type: "rows"; id: number; first: number; rows: Rows } // they come back, to carry others
   | { type: "visible"; visible: Uint8Array | null }
   | { type: "attribute"; values: Float32Array | null }
   | { type: "render"; id: number; view: View; attribute: "colour" | "attribute" | "normal" | "depth"; reading: Reading; background: Rgb }
   | { type: "weights"; id: number; view: View; x: number; y: number };
 export type RasterReply =
+  | { type: "rows"; id: number; rows: Rows }
   | { type: "picture"; id: number; width: number; height: number; pixels: Uint8ClampedArray<ArrayBuffer>; ms: number }
   | { type: "weights"; id: number; rows: Uint32Array; w: Float32Array; depth: number }
   | { type: "error"; message: string };
 
-let raster: WasmRaster | null = null;
-let scene: SplatScene | null = null;
+let raster: WasmRaster | null = null; // holds the scene, which is nowhere else in this worker
+let count: number | null = null; // of the scene
 let given: Float32Array | null = null; // the attribute of the page
 let visible: Uint8Array | null = null;
-let stale = false; // the rasterizer's copy is not that of `scene`
+let logits: Float32Array | null = null; // the scene's own, while some of it is hidden: to the rasterizer what is hidden is transparent
 let drawn = ""; // which attribute the rasterizer holds
 
-/** The scene as the rasterizer gets it: what is hidden is transparent. */
-function put(): void {
-  const s = scene!;
-  if (visible) {
-    const logits = s.logitOpacities.slice();
-    for (let i = 0; i < s.count; i++) if (!visible[i]) logits[i] = ABSENT;
-    raster!.setScene({ ...s, logitOpacities: logits });
-  } else raster!.setScene(s);
-  stale = false;
-  drawn = "colour";
-}
-
 function use(attribute: "colour" | "attribute" | "normal", view: View): void {
-  if (stale) put();
   const camera = centreOf(view.worldToCam), key = attribute === "normal" ? `normal ${camera.join()}` : attribute;
   if (key === drawn) return;
-  raster!.setAttribute(attribute === "colour" ? null : attribute === "normal" ? normalsTowards(scene!, camera) : given);
+  const normals = () => normalsTowards({ count: count!, means: raster!.part("means"), quats: raster!.part("quats"), logScales: raster!.part("logScales") }, camera);
+  raster!.setAttribute(attribute === "colour" ? null : attribute === "normal" ? normals() : given);
   drawn = key;
 }
 
+/** Opacities of the rows from `first` on: their own where they are shown. */
+const shown = (first: number, own: Float32Array): Float32Array => (visible ? own.map((x, i) => (visible![first + i] ? x : ABSENT)) : own);
+
 async function answer(m: RasterRequest): Promise<void> {
   if (m.type === "module") raster = await WasmRaster.load(m.wasm);
-  else if (m.type === "scene") [scene, given, visible, stale] = [m.scene, null, null, true];
-  else if (m.type === "rows") {
-    const s = scene!, fields = [s.means, s.quats, s.logScales, s.logitOpacities, s.sh], parts = [m.means, m.quats, m.logScales, m.logitOpacities, m.sh];
-    fields.forEach((field, k) => field.set(parts[k]!, (m.first * field.length) / s.count));
-    if (!stale && !visible) raster!.setRows(m.first, m);
-    else stale = true;
-  } else if (m.type === "visible") [visible, stale] = [m.visible, true];
-  else if (m.type === "attribute") {
+  else if (m.type === "warm") {
+    if (count === null) raster!.warmUp();
+  } else if (m.type === "scene") {
+    raster!.makeRoom(m.scene);
+    [count, given, visible, logits, drawn] = [m.scene.count, null, null, null, "colour"];
+  } else if (m.type === "rows") {
+    logits?.set(m.rows.logitOpacities, m.first);
+    raster!.setRows(m.first, { ...m.rows, logitOpacities: shown(m.first, m.rows.logitOpacities) });
+    if (drawn.startsWith("normal")) drawn = "";
+    reply({ type: "rows", id: m.id, rows: m.rows }, buffersOf(m.rows));
+  } else if (m.type === "visible") {
+    logits ??= raster!.part("logitOpacities").slice();
+    visible = m.visible;
+    raster!.setRows(0, { logitOpacities: shown(0, logits) });
+    if (!visible) logits = null;
+  } else if (m.type === "attribute") {
     given = m.values;
     if (drawn === "attribute") drawn = "";
   } else if (m.type === "render") {
@@ -65,7 +66,7 @@ async function answer(m: RasterRequest): Promise<void> {
     reply({ type: "picture", id: m.id, width, height, pixels, ms: performance.now() - start }, [pixels.buffer]);
   } else {
     use("colour", m.view);
-    const { rows, w } = raster!.weights(m.x, m.y, m.view.worldToCam, m.view.K, m.view.width, m.view.height), c = m.view.worldToCam, means = scene!.means;
+    const { rows, w } = raster!.weights(m.x, m.y, m.view.worldToCam, m.view.K, m.view.width, m.view.height), c = m.view.worldToCam, means = raster!.part("means");
     let sum = 0, z = 0;
     rows.forEach((row, k) => {
       sum += w[k]!;

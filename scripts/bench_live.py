@@ -4,35 +4,19 @@
     python scripts/bench_live.py --gaussians 200000 --rate 2
 """
 import argparse
+import contextlib
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from far_page import far_page
 
 from splatkit import Scene, config, io, rooms
 from splatkit.reconstruct import reconstruct
 from splatkit.view import Watching
-
-TESTS = str(Path(__file__).resolve().parent.parent / "tests")
-
-
-# A program of its own without torch. It takes what the run leaves of the machine: a browser elsewhere would take none of it.
-PAGE = """
-import os, sys
-from raw import joined
-os.nice(19)
-port, token, *planes = sys.stdin.readline().split()
-raw = joined(int(port), token, planes)
-while True:
-    opcode, payload = raw.message()
-    if opcode == 2:
-        raw.say(type="ack", frame=int.from_bytes(payload[4:8], "little"))
-"""
 
 
 class Turns(Watching):
@@ -58,16 +42,14 @@ class Turns(Watching):
                 self.leave()
                 self.shown.wanted = self.shown.sh_wanted = 0.0
             else:
-                self.page = subprocess.Popen([sys.executable, "-c", PAGE], stdin=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": TESTS})
-                self.page.stdin.write(" ".join([str(self.viewer.port), self.viewer.gate.token, *self.planes]) + "\n")
-                self.page.stdin.flush()
+                self.page = contextlib.ExitStack()
+                self.page.enter_context(far_page(self.viewer.port, self.viewer.gate.token, self.planes))
                 time.sleep(3)
         self.last = time.perf_counter()
 
     def leave(self):
         if self.page:
-            self.page.kill()
-            self.page.communicate()
+            self.page.close()
             self.page = None
 
 

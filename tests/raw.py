@@ -8,6 +8,8 @@ import struct
 class Raw:
     """A connection to a port of this machine."""
 
+    ahead = 1 << 16      # bytes that are read at once, though fewer are asked for
+
     def __init__(self, port: int, timeout: float = 30):
         self.socket = socket.create_connection(("127.0.0.1", port), timeout)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -26,12 +28,15 @@ class Raw:
         self.socket.sendall(data)
 
     def take(self, n: int) -> bytes:
-        while len(self.held) < n:
-            data = self.socket.recv(1 << 16)
+        pieces, length = [self.held], len(self.held)
+        while length < n:
+            data = self.socket.recv(max(self.ahead, n - length))
             if not data:
                 raise ConnectionResetError("the server closed")
-            self.held += data
-        out, self.held = self.held[:n], self.held[n:]
+            pieces.append(data)
+            length += len(data)
+        held = b"".join(pieces)
+        out, self.held = held[:n], held[n:]
         return out
 
     def request(self, method: str, path: str, headers: list[tuple[str, str]], body: bytes = b"") -> tuple[int, dict[str, str], bytes]:
@@ -68,12 +73,25 @@ class Raw:
     def message(self) -> tuple[int, bytes]:
         """Opcode and payload of the next frame of the server that is no ping."""
         while True:
-            first, second = self.take(2)
-            n = second & 127
-            n = struct.unpack(">H", self.take(2))[0] if n == 126 else struct.unpack(">Q", self.take(8))[0] if n == 127 else n
+            opcode, n = self.header()
             payload = self.take(n)
-            if first & 15 != 9:
-                return first & 15, payload
+            if opcode != 9:
+                return opcode, payload
+
+    def header(self) -> tuple[int, int]:
+        """Opcode of the next frame of the server, and how many bytes of payload follow."""
+        first, second = self.take(2)
+        n = second & 127
+        return first & 15, struct.unpack(">H", self.take(2))[0] if n == 126 else struct.unpack(">Q", self.take(8))[0] if n == 127 else n
+
+    def drop(self, n: int) -> None:
+        """As take, without looking: Linux throws the bytes away."""
+        n -= len(self.take(min(n, len(self.held))))
+        while n > 0:
+            got = len(self.socket.recv(min(n, 1 << 20), socket.MSG_TRUNC))
+            if not got:
+                raise ConnectionResetError("the server closed")
+            n -= got
 
 
 def joined(port: int, token: str, planes=("core",), scene: str = "0") -> Raw:

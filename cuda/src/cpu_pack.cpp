@@ -52,26 +52,75 @@ SK_FN uint32_t lane_bits(int32_t x, int) { return (uint32_t)x; }
 
 constexpr int RANGED = 10;   // means, log scales, band 0, logit: the order of the header
 
+SK_FN Lanes load_next(const real* p, Lanes) { return load(p); }
+SK_FN float load_next(const real* p, float) { return (float)*p; }
+
+// Widens low[C] and high[C] by the columns of n rows that lie next to each other; what it returns is 0 where all are finite.
+template <int C> SK_FN float widen(const real* base, int64_t n, float* low, float* high) {
+  Rows lo[C], hi[C], sum[C];   // lane i of register k: number k ROWS + i of every ROWS rows, so of column (k ROWS + i) % C
+  for (int k = 0; k < C; k++) lo[k] = splat_of<Rows>(3e38), hi[k] = splat_of<Rows>(-3e38), sum[k] = splat_of<Rows>(0);
+  int64_t row = 0;
+  for (; row + ROWS <= n; row += ROWS)
+    for (int k = 0; k < C; k++) {
+      const Rows x = load_next(base + C * row + k * ROWS, Rows());
+      lo[k] = min(lo[k], x), hi[k] = max(hi[k], x), sum[k] += x * 0.0f;
+    }
+  float total = 0;
+  for (int k = 0; k < C; k++)
+    for (int i = 0; i < ROWS; i++) {
+      const int c = (k * ROWS + i) % C;
+      low[c] = min(low[c], lane(lo[k], i)), high[c] = max(high[c], lane(hi[k], i)), total += lane(sum[k], i);
+    }
+  for (; row < n; row++)
+    for (int c = 0; c < C; c++) {
+      const float x = (float)base[C * row + c];
+      low[c] = min(low[c], x), high[c] = max(high[c], x), total += x * 0.0f;
+    }
+  return total;
+}
+
 // The lowest and highest values of n rows; false where one is not finite or beyond PACKED_MAX.
 bool ranges(const Fields& f, int64_t first, int64_t n, float* low, float* high) {
-  Rows lo[RANGED], hi[RANGED], quat = splat_of<Rows>(0), sum = quat;
-  for (int k = 0; k < RANGED; k++) lo[k] = splat_of<Rows>(3e38), hi[k] = splat_of<Rows>(-3e38);
-  by_group(f, first, n, [&](const Unpacked<Rows>& g, int64_t, int) {
-    const Rows x[RANGED] = {g.mean.x, g.mean.y, g.mean.z, g.log_scale.x, g.log_scale.y, g.log_scale.z, g.sh0.x, g.sh0.y, g.sh0.z, g.logit};
-    for (int k = 0; k < RANGED; k++) lo[k] = min(lo[k], x[k]), hi[k] = max(hi[k], x[k]), sum += x[k] * 0.0f;
-    quat = max(max(max(abs(g.quat.w), abs(g.quat.x)), max(abs(g.quat.y), abs(g.quat.z))), quat);
-    sum += (g.quat.w + g.quat.x + g.quat.y + g.quat.z) * 0.0f;
-  });
-  bool fit = true;
+  float quat[8];
+  for (int k = 0; k < RANGED; k++) low[k] = 3e38f, high[k] = -3e38f;
+  for (int k = 0; k < 4; k++) quat[k] = 0, quat[4 + k] = 0;
+  float sum = widen<3>(f.means + 3 * first, n, low, high) + widen<3>(f.log_scales + 3 * first, n, low + 3, high + 3);
+  sum += widen<1>(f.logits + first, n, low + 9, high + 9) + widen<4>(f.quats + 4 * first, n, quat, quat + 4);
+  if (f.sh_stride == 3)
+    sum += widen<3>(f.sh + 3 * first, n, low + 6, high + 6);
+  else
+    for (int64_t row = first; row < first + n; row++) sum += widen<3>(f.sh + f.sh_stride * row, 1, low + 6, high + 6);
+  bool fit = sum == 0;
   for (int k = 0; k < RANGED; k++) {
-    low[k] = lane(lo[k], 0), high[k] = lane(hi[k], 0);
-    for (int i = 1; i < ROWS; i++) low[k] = min(low[k], lane(lo[k], i)), high[k] = max(high[k], lane(hi[k], i));
     if (k >= 3 && k < 6) low[k] = clamp(low[k], -PACKED_LOG_SCALE_MAX, PACKED_LOG_SCALE_MAX), high[k] = clamp(high[k], -PACKED_LOG_SCALE_MAX, PACKED_LOG_SCALE_MAX);
     fit &= low[k] >= -PACKED_MAX && high[k] <= PACKED_MAX;
   }
-  for (int i = 0; i < ROWS; i++) fit &= lane(sum, i) == 0 && lane(quat, i) <= PACKED_MAX;
+  for (int k = 0; k < 4; k++) fit &= quat[k] >= -PACKED_MAX && quat[4 + k] <= PACKED_MAX;
   return fit;
 }
+
+// The records of the rows one after the other, 17 bytes each.
+SK_FN void store_records(const PackedWords<float>& p, int, uint8_t* record) {
+  const uint32_t words[4] = {lane_bits(p.word[0], 0), lane_bits(p.word[1], 0), lane_bits(p.word[2], 0), lane_bits(p.word[3], 0)};
+  __builtin_memcpy(record, words, 16);
+  record[16] = (uint8_t)p.last;
+}
+#if defined(SK_HAS_QUADS)
+template <int j> SK_FN void store_quarter(const Lanes* t, int used, uint8_t* record) {   // rows 4 j to 4 j + 3
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; k++)
+    if (4 * j + k < used) store_quad((float*)(record + PACKED_BYTES * (4 * j + k)), 4, quad_of<j>(t[k]));
+}
+SK_FN void store_records(const PackedWords<Lanes>& p, int used, uint8_t* record) {
+  Lanes t[4] = {from_bits(p.word[0]), from_bits(p.word[1]), from_bits(p.word[2]), from_bits(p.word[3])};
+  transpose_quads(t[0], t[1], t[2], t[3]);
+  store_quarter<0>(t, used, record);
+  if (QUADS > 1) store_quarter<1 % QUADS>(t, used, record);
+  if (QUADS > 2) store_quarter<2 % QUADS>(t, used, record);
+  if (QUADS > 3) store_quarter<3 % QUADS>(t, used, record);
+  for (int r = 0; r < used; r++) record[PACKED_BYTES * r + 16] = (uint8_t)lane_bits(p.last, r);
+}
+#endif
 
 // Writes the plane of n rows, or nothing and returns false.
 bool pack_chunk(const Fields& f, int64_t first, int64_t n, uint8_t* out) {
@@ -94,13 +143,7 @@ bool pack_chunk(const Fields& f, int64_t first, int64_t n, uint8_t* out) {
     steps.sh0[k] = steps_of(low[6 + k], high[6 + k], 255);
   }
   by_group(f, first, n, [&](const Unpacked<Rows>& g, int64_t i, int used) {
-    const PackedWords<Rows> p = packed(g, steps);
-    uint8_t* record = out + PACKED_HEADER + PACKED_BYTES * i;
-    for (int r = 0; r < used; r++, record += PACKED_BYTES) {
-      const uint32_t words[4] = {lane_bits(p.word[0], r), lane_bits(p.word[1], r), lane_bits(p.word[2], r), lane_bits(p.word[3], r)};
-      __builtin_memcpy(record, words, 16);
-      record[16] = (uint8_t)lane_bits(p.last, r);
-    }
+    store_records(packed(g, steps), used, out + PACKED_HEADER + PACKED_BYTES * i);
   });
   return true;
 }

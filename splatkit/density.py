@@ -11,11 +11,10 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from . import native
-from .scene import Edit, Part, Scene, rotation_matrices
+from .scene import ABSENT, Edit, Part, Scene, rotation_matrices
 
 SH_CONSTANT = 0.28209479177387814                   # colour = 1/2 + SH_CONSTANT * sh[:, 0]
 OPACITY_MIN, OPACITY_MAX = 0.005, 1 - 2.0**-23      # of relocated Gaussians; the upper end is the largest that float32 tells from 1
-LEFT_OUT = -100.0                                   # logit opacity of what no picture shows
 LOGIT_MIN, LOGIT_MAX = (math.log(p / (1 - p)) for p in (OPACITY_MIN, OPACITY_MAX))
 
 
@@ -200,4 +199,4 @@ def dropped(scene: Scene, rate: float, generator: torch.Generator | None = None,
     draws = torch.rand(part.total if part else len(scene), device=scene.device, generator=generator)
     kept = (part.of(draws) if part else draws) >= rate
     opacity = (torch.sigmoid(scene.logit_opacities) / (1 - rate)).clamp(1e-30, 1 - 1e-6)
-    return scene.replace(logit_opacities=torch.where(kept, torch.logit(opacity), LEFT_OUT))
+    return scene.replace(logit_opacities=torch.where(kept, torch.logit(opacity), ABSENT))

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 LOG_SCALE_MIN, LOG_SCALE_MAX = -30.0, 30.0   # where used; the stored value may lie outside
+ABSENT = -100.0                              # logit opacity of what no picture shows
 Group = Literal["means", "quats", "log_scales", "logit_opacities", "sh", "features"]
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int32, UInt8, UInt32
 from numpy import ndarray as Array
 
 from . import native
-from .scene import LOG_SCALE_MAX, Scene
+from .scene import ABSENT, LOG_SCALE_MAX, Scene
 
 CHUNK = 65_536                  # rows of a chunk; the last one has what is left
 PLANES = ("core", "sh", "features", "float32", "heat")      # by their number on the wire
@@ -196,7 +196,7 @@ def _transparent_where_not_finite(fields: list[Array]) -> list[Array]:
     """Means, ..., logits with the rows that are not finite replaced by the first one that is, out of sight."""
     unfit = ~np.isfinite(np.concatenate(fields, axis=1)).all(axis=1)
     fields = [np.where(unfit[:, None], x[~unfit][:1] if not unfit.all() else np.float32(0), x) for x in fields]
-    fields[4][unfit] = -100
+    fields[4][unfit] = ABSENT
     return fields
 
 

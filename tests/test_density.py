@@ -7,9 +7,9 @@ import torch
 
 from backends import random_scene, ring
 from splatkit import density, optim
-from splatkit.density import LEFT_OUT, dropped
+from splatkit.density import dropped
 from splatkit.raster import render
-from splatkit.scene import Part, Scene
+from splatkit.scene import ABSENT, Part, Scene
 
 
 def some_scene(n=400, dtype=torch.float32, features=5, seed=0) -> Scene:
@@ -256,7 +256,7 @@ def test_a_share_is_left_out_and_each_opacity_is_what_it_was_on_the_mean():
     generator, total = torch.Generator().manual_seed(0), torch.zeros(4000, dtype=torch.float64)
     for _ in range(400):
         shown = dropped(scene, 0.2, generator)
-        left_out = shown.logit_opacities == LEFT_OUT
+        left_out = shown.logit_opacities == ABSENT
         assert abs(float(left_out.float().mean()) - 0.2) < 0.03
         total += torch.sigmoid(shown.logit_opacities.double())
     error = (total / 400 - torch.sigmoid(scene.logit_opacities.double())) / torch.sigmoid(scene.logit_opacities.double())
@@ -268,7 +268,7 @@ def test_an_opaque_gaussian_stays_finite_and_what_is_left_out_has_no_gradient():
     scene = random_scene(500, dtype=torch.float64)
     logits = torch.linspace(-200, 40, 500, dtype=torch.float64).requires_grad_()
     shown = dropped(scene.replace(logit_opacities=logits), 0.3, torch.Generator().manual_seed(0))
-    left_out, opacity = shown.logit_opacities == LEFT_OUT, torch.sigmoid(logits.detach())
+    left_out, opacity = shown.logit_opacities == ABSENT, torch.sigmoid(logits.detach())
     assert bool(torch.isfinite(shown.logit_opacities).all()) and torch.sigmoid(shown.logit_opacities).max() <= 1 - 0.99e-6
     grad, = torch.autograd.grad(shown.logit_opacities.sum(), logits)
     held = left_out | (opacity > 0.7 * (1 - 1e-6)) | (opacity < 0.7e-30)
@@ -297,5 +297,5 @@ def test_the_parts_of_a_scene_leave_out_what_the_whole_does():
 def test_no_picture_shows_what_is_left_out():
     scene, camera = random_scene(60, dtype=torch.float64), ring(1, 60, 50)
     shown = dropped(scene, 0.4, torch.Generator().manual_seed(3))
-    kept = shown.logit_opacities != LEFT_OUT
+    kept = shown.logit_opacities != ABSENT
     torch.testing.assert_close(render(shown, camera).color, render(shown.rows(kept.nonzero().squeeze(1)), camera).color, rtol=0, atol=0)

@@ -22,7 +22,7 @@ from splatkit.raster.operators import packed_settings, tile_count
 pytestmark = pytest.mark.skipif(native.available()["cpu_f64"] is not None, reason=f"no native library: {native.available()['cpu_f64']}")
 REAL = native.cpu_library
 # Wider than 1e-5: sums over a Gaussian's pixels that mostly cancel. 1.6e-5 measured, and 1.13e-5 of whole-picture Gaussians on a Cascade Lake: torch's random scenes differ by processor.
-WIDER = {"depth alone": 5e-5, "row ranges": 5e-5, "whole-picture Gaussians": 5e-5}
+WIDER = {"depth alone": 5e-5, "row ranges": 5e-5, "whole-picture Gaussians": 2e-5}
 
 
 @pytest.fixture(scope="session")

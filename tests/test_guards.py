@@ -1,4 +1,5 @@
 """Compile guards: the shared arithmetic and the CPU core stay fit for the machines that this one is not (browser, NVIDIA GPU, ARM)."""
+import platform
 import re
 import shutil
 import subprocess
@@ -60,6 +61,14 @@ def test_the_core_compiles_for_aarch64(tmp_path, compiler, real):
     program, *target = compiler
     for source in CORE:
         run(tool(program), *target, *BARE, "-Werror", f"-DSK_REAL={real}", "-c", source, "-o", tmp_path / "core.o")
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="the flag is of x86-64")
+@pytest.mark.parametrize("real", ["float", "double"])
+def test_the_library_compiles_where_there_are_none_of_the_vector_instructions_it_knows(real):
+    """As on a processor of another kind: x86-64 before SSE 4.1, by the generic lanes."""
+    for source in sorted((REPO / "cuda/src").glob("cpu*.cpp")):
+        run(tool("g++"), "-std=c++17", "-fsyntax-only", "-Wno-psabi", "-march=x86-64", "-Icuda/include", "-DSK_ABI=0", f"-DSK_REAL={real}", source)
 
 
 def test_the_kernels_include_every_header():

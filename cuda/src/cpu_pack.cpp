@@ -86,10 +86,14 @@ bool ranges(const Fields& f, int64_t first, int64_t n, float* low, float* high) 
   for (int k = 0; k < 4; k++) quat[k] = 0, quat[4 + k] = 0;
   float sum = widen<3>(f.means + 3 * first, n, low, high) + widen<3>(f.log_scales + 3 * first, n, low + 3, high + 3);
   sum += widen<1>(f.logits + first, n, low + 9, high + 9) + widen<4>(f.quats + 4 * first, n, quat, quat + 4);
-  if (f.sh_stride == 3)
-    sum += widen<3>(f.sh + 3 * first, n, low + 6, high + 6);
-  else
-    for (int64_t row = first; row < first + n; row++) sum += widen<3>(f.sh + f.sh_stride * row, 1, low + 6, high + 6);
+  constexpr int SOME = 256;
+  real band0[3 * SOME];   // of as many rows, next to each other
+  for (int64_t row = 0; row < n; row += SOME) {
+    const int some = (int)(n - row < SOME ? n - row : SOME);
+    const real* from = f.sh + f.sh_stride * (first + row);
+    for (int i = 0; i < some && f.sh_stride != 3; i++) __builtin_memcpy(band0 + 3 * i, from + (int64_t)f.sh_stride * i, sizeof(real) * 3);
+    sum += widen<3>(f.sh_stride == 3 ? from : band0, some, low + 6, high + 6);
+  }
   bool fit = sum == 0;
   for (int k = 0; k < RANGED; k++) {
     if (k >= 3 && k < 6) low[k] = clamp(low[k], -PACKED_LOG_SCALE_MAX, PACKED_LOG_SCALE_MAX), high[k] = clamp(high[k], -PACKED_LOG_SCALE_MAX, PACKED_LOG_SCALE_MAX);
@@ -119,6 +123,14 @@ SK_FN void store_records(const PackedWords<Lanes>& p, int used, uint8_t* record)
   if (QUADS > 2) store_quarter<2 % QUADS>(t, used, record);
   if (QUADS > 3) store_quarter<3 % QUADS>(t, used, record);
   for (int r = 0; r < used; r++) record[PACKED_BYTES * r + 16] = (uint8_t)lane_bits(p.last, r);
+}
+#else
+SK_FN void store_records(const PackedWords<Lanes>& p, int used, uint8_t* record) {
+  for (int r = 0; r < used; r++, record += PACKED_BYTES) {
+    const uint32_t words[4] = {lane_bits(p.word[0], r), lane_bits(p.word[1], r), lane_bits(p.word[2], r), lane_bits(p.word[3], r)};
+    __builtin_memcpy(record, words, 16);
+    record[16] = (uint8_t)lane_bits(p.last, r);
+  }
 }
 #endif
 

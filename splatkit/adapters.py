@@ -17,6 +17,7 @@ from .errors import BackendUnavailable
 from .scene import LOG_SCALE_MIN, Scene, unit_quats
 
 _HOW = {"pytorch3d": "pip install 'splatkit[pytorch3d]' --no-build-isolation", "open3d": "pip install 'splatkit[mesh]'", "nerfstudio": "pip install nerfstudio"}
+_SYSTEM = {"open3d": "libusb-1.0-0"}      # what a package needs and its wheel does not bring
 
 
 def imported(name: str) -> ModuleType:
@@ -25,6 +26,8 @@ def imported(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as why:
         package = name.partition(".")[0]
+        if package in _SYSTEM and "shared object" in str(why):
+            raise BackendUnavailable(f"{package} is there, but cannot be imported ({why}); it needs a library of the system, on Debian `apt install {_SYSTEM[package]}`") from why
         raise BackendUnavailable(f"{package} cannot be imported ({why}); `{_HOW[package]}` brings it") from why
 
 

@@ -196,6 +196,14 @@ def test_an_absent_library_is_said_with_its_cure(monkeypatch, name, act):
         act()
 
 
+def test_a_missing_library_of_the_system_is_said_with_its_cure(monkeypatch):
+    def fails(name):
+        raise ImportError("libusb-1.0.so.0: cannot open shared object file: No such file or directory")
+    monkeypatch.setattr(adapters.importlib, "import_module", fails)
+    with pytest.raises(BackendUnavailable, match="open3d is there, but cannot be imported .libusb.*apt install libusb-1.0-0"):
+        adapters.to_open3d(Scene(*trained(2, 0).fields().values()))
+
+
 def test_a_focal_length_for_both_axes_is_understood():
     a = adapters.pytorch3d_arguments(views()) | {"K": None, "is_perspective": lambda: True}
     one = adapters.from_pytorch3d(SimpleNamespace(**{**a, "focal_length": torch.tensor([50.0, 60, 70]), "in_ndc": lambda: False}))

@@ -43,13 +43,16 @@ class Turns(Watching):
                 self.shown.wanted = self.shown.sh_wanted = 0.0
             else:
                 self.page = contextlib.ExitStack()
-                self.page.enter_context(far_page(self.viewer.port, self.viewer.gate.token, self.planes))
+                self.arrived = self.page.enter_context(far_page(self.viewer.port, self.viewer.gate.token, self.planes))
                 time.sleep(3)
         self.last = time.perf_counter()
 
     def leave(self):
         if self.page:
+            rows = self.arrived()
             self.page.close()
+            if not rows:
+                raise RuntimeError("nothing arrived while the run was watched")
             self.page = None
 
 

@@ -21,11 +21,16 @@ def far_page(port: int, token: str, planes: tuple[str, ...] = ("core",)) -> Iter
     program = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     rows = [0]
     reader = threading.Thread(target=lambda: [rows.__setitem__(0, int(line)) for line in program.stdout], daemon=True)
+    reader.start()
+
+    def arrived() -> int:
+        if program.poll() is not None:
+            raise RuntimeError(f"the far page ended with {program.returncode}")
+        return rows[0]
     try:
         program.stdin.write(" ".join([str(port), token, *planes]) + "\n")
         program.stdin.flush()
-        reader.start()
-        yield lambda: rows[0]
+        yield arrived
     finally:
         program.kill()
         program.wait()

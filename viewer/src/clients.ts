@@ -60,16 +60,19 @@ export class RasterClient {
   private attribute: Float32Array | null = null;
   private giving: Promise<void> | null = null; // of the scene to the worker
   private given = 0; // rows of it that the worker has
+  private hand = 0; // counts what is begun, so that an older hand-over ends
   private spares: Rows[] = []; // arrays that came back, to carry the next rows: of fresh ones every page of memory is new, and costs more than the copying
   private readonly waiting = new Map<number, { done: (reply: RasterReply) => void; failed: (why: Error) => void }>();
   private next = 0;
 
   setScene(scene: SplatScene): void {
-    [this.scene, this.visible, this.attribute, this.giving, this.given, this.spares] = [scene, null, null, null, 0, []];
+    [this.scene, this.visible, this.attribute] = [scene, null, null];
+    this.forget();
   }
   update(first: number, last: number): void {
     last = Math.min(last, this.given); // what has still to go over goes as it is then
-    if (first < last) this.send(first, last).catch(() => {}); // who waits for a picture hears it
+    const { hand } = this;
+    if (first < last) this.send(first, last).catch(() => hand === this.hand && this.forget()); // the next picture hands all of it over
   }
   setVisible(visible: Uint8Array | null): void {
     this.visible = visible;
@@ -91,25 +94,34 @@ export class RasterClient {
 
   /** Until the worker has the scene that is shown; another may come in between. */
   private async has(): Promise<void> {
-    for (let under: Promise<void> | null = null; !under || under !== this.giving; await under) under = this.giving ??= this.give();
+    for (let under: Promise<void> | null = null; !under || under !== this.giving; await under) under = this.giving ??= this.begun();
+  }
+  private begun(): Promise<void> {
+    const giving = this.give();
+    giving.catch(() => this.giving === giving && this.forget()); // whoever waits hears it, and the next call begins anew
+    return giving;
+  }
+  /** The worker does not have the scene, or not as it is. */
+  private forget(): void {
+    [this.giving, this.given, this.spares] = [null, 0, []];
+    this.hand++;
   }
   /** Hands the scene over in parts, two of which are under way. */
   private async give(): Promise<void> {
-    const scene = this.scene!, { count, shDegree, header } = scene, under: Promise<void>[] = [];
+    const { hand } = this, { count, shDegree, header } = this.scene!, under: Promise<void>[] = [];
     this.start();
-    this.given = 0;
     this.post({ type: "scene", scene: { count, shDegree, header } });
     if (this.visible) this.post({ type: "visible", visible: this.visible });
     if (this.attribute) this.post({ type: "attribute", values: this.attribute });
     while (this.given < count) {
       if (under.length === 2) await under.shift();
-      if (scene !== this.scene) return;
+      if (hand !== this.hand) return;
       const first = this.given, part = this.send(first, (this.given = Math.min(count, first + ROWS_AT_ONCE)));
       part.catch(() => {}); // is heard where it is waited for, and another may be before it
       under.push(part);
     }
     await Promise.all(under);
-    this.spares = [];
+    if (hand === this.hand) this.spares = [];
   }
   private async send(first: number, last: number): Promise<void> {
     const reply = await this.ask({ type: "rows", id: ++this.next, first, rows: rowsOf(this.scene!, first, last, this.spares.pop()) });
@@ -152,7 +164,8 @@ export class RasterClient {
 
   private fail(message: string): void {
     this.worker?.terminate();
-    [this.worker, this.giving, this.given] = [null, null, 0];
+    this.worker = null;
+    this.forget();
     const waiting = [...this.waiting.values()];
     this.waiting.clear();
     for (const w of waiting) w.failed(new Error(message));

@@ -46,7 +46,9 @@ function start(): void {
   app.on("scene", () => describe());
   describe();
 
-  const drop = (file: File) => void readFile(file).then(({ scene }) => {
+  let drops = 0;
+  const drop = (file: File, turn = ++drops) => void readFile(file).then(({ scene }) => {
+    if (turn !== drops) return; // another was dropped since
     line?.leave();
     [line, manifest] = [null, null];
     app.heat = null;

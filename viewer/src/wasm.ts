@@ -84,7 +84,7 @@ export class WasmRaster {
     this.setRows(0, scene);
   }
 
-  /** As setScene, for a scene whose rows come by setRows; until then they are zeros or those of a scene before. */
+  /** As setScene, for a scene whose rows come by setRows; until then they are whatever lay there. */
   makeRoom(scene: Outline): void {
     const { count: n, shDegree, header: h } = scene;
     this.widths = widthsOf(scene);

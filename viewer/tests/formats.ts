@@ -4,10 +4,11 @@ import { readFileSync, writeFileSync } from "node:fs";
 import { BadFile, readSplats, Source } from "../src/formats";
 
 const [files, input, output] = process.argv.slice(2) as [string, string, string];
+let random = 1; // of Lehmer
 /** Pieces as a disk or a network gives them: of any length, and some of none. */
 const inPieces = (bytes: Uint8Array, most: number) => new ReadableStream<Uint8Array>({
   async pull(controller) {
-    for (let at = 0; at < bytes.length; ) controller.enqueue(bytes.subarray(at, (at += Math.floor(Math.random() * most))));
+    for (let at = 0; at < bytes.length; ) controller.enqueue(bytes.subarray(at, (at += (random = (random * 48271) % 2147483647) % most)));
     controller.close();
   },
 });

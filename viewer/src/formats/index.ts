@@ -9,11 +9,8 @@ import { isGzip, isSpz4, readSpz } from "./spz";
 export { BadFile, type Loaded } from "./reading";
 export { Source } from "./source";
 
-const FILE_MAX = 2 ** 31 - 1; // bytes: what browsers put into one buffer
-
 /** Reads a file that was dropped or picked. Rejects with BadFile, one line, whatever is wrong with it. */
 export async function readFile(file: File): Promise<Loaded> {
-  if (file.size > FILE_MAX) throw new BadFile(file.name, "", `${(file.size / 2 ** 30).toFixed(1)} GB, and a page reads at most 2 GB; open it with: splatkit view`);
   const source = new Source(file.name, file.size, file.stream());
   try {
     return await readSplats(source);
@@ -24,8 +21,9 @@ export async function readFile(file: File): Promise<Loaded> {
 
 /** The scene in the bytes of a file of this name. Rejects with BadFile, one line, whatever is wrong with them. */
 export async function readSplats(source: Source): Promise<Loaded> {
-  const { name } = source, suffix = /\.[^.]*$/.exec(name.toLowerCase())?.[0] ?? "", head = await source.peek(8);
+  const { name } = source, suffix = /\.[^.]*$/.exec(name.toLowerCase())?.[0] ?? "";
   try {
+    const head = await source.peek(8);
     if (isPly(head) || suffix === ".ply") {
       const ply = await openPly(source);
       return await (isCompressed(ply) ? readCompressedPly(ply) : readPly(ply));

@@ -2,6 +2,8 @@
 import { reasonOf } from "../errors";
 import { BadFile } from "./reading";
 
+const WHOLE_MAX = 2 ** 31 - 1; // bytes: what browsers put into one buffer
+
 export class Source {
   private readonly reader: ReadableStreamDefaultReader<Uint8Array>;
   private piece: Uint8Array = new Uint8Array(0); // that came and was not taken
@@ -44,6 +46,7 @@ export class Source {
 
   /** All that was not taken. */
   async rest(): Promise<Uint8Array> {
+    if (this.size > WHOLE_MAX) throw new BadFile(this.name, "", `${(this.size / 2 ** 30).toFixed(1)} GB, and a page reads at most 2 GB of this format; open it with: splatkit view`);
     const out = new Uint8Array(this.size - this.at);
     await this.fill(out);
     return out;

@@ -234,6 +234,34 @@ def test_a_rasterizer_that_failed_is_replaced(shown):
     assert np.array_equal(before, drawn(tab, "wasm", camera()))
 
 
+def test_a_hand_over_that_failed_in_the_page_begins_anew(shown):
+    _, tab = shown
+    why, width = tab.run("""const {raster} = app.stage, draw = () => raster.render({...app.view(), width: 8, height: 8}, 'colour', app.stage.shot().reading, [0, 0, 0]);
+        raster.setScene(app.scene);
+        raster.post = () => { throw new RangeError('Array buffer allocation failed'); };
+        const why = await draw().catch(String);
+        delete raster.post;
+        return [why, (await draw()).width];""")
+    assert "allocation failed" in why and width == 8
+
+
+def test_normals_are_those_of_rows_that_changed(shown):
+    _, tab = shown
+    moved, same = tab.run("""const {raster} = app.stage, {scene} = app, own = scene.quats.slice();
+        const draw = async () => (await raster.render(app.view(), 'normal', app.stage.shot().reading, [0, 0, 0])).pixels.join();
+        raster.setScene(scene);
+        const before = await draw();
+        for (let i = 0; i < scene.quats.length; i++) scene.quats[i] = own[i ^ 3];
+        raster.update(0, scene.count);
+        const changed = await draw();
+        raster.setScene(scene);
+        const anew = await draw();
+        scene.quats.set(own);
+        raster.setScene(scene);
+        return [changed !== before, changed === anew];""")
+    assert moved and same
+
+
 def trapping(module: bytes, export: str) -> bytes:
     """A WebAssembly module in which an exported function stops at its first instruction (unreachable), as where memory is broken."""
     def number(at: int) -> tuple[int, int]:

@@ -27,14 +27,17 @@ class Raw:
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)
 
+    def received(self, most: int, flags: int = 0) -> bytes:
+        data = self.socket.recv(most, flags)
+        if not data:
+            raise ConnectionResetError("the server closed")
+        return data
+
     def take(self, n: int) -> bytes:
         pieces, length = [self.held], len(self.held)
         while length < n:
-            data = self.socket.recv(max(self.ahead, n - length))
-            if not data:
-                raise ConnectionResetError("the server closed")
-            pieces.append(data)
-            length += len(data)
+            pieces.append(self.received(max(self.ahead, n - length)))
+            length += len(pieces[-1])
         held = b"".join(pieces)
         out, self.held = held[:n], held[n:]
         return out
@@ -48,10 +51,7 @@ class Raw:
 
     def answer(self) -> tuple[int, dict[str, str], bytes]:
         while b"\r\n\r\n" not in self.held:
-            data = self.socket.recv(1 << 16)
-            if not data:
-                raise ConnectionResetError("the server closed")
-            self.held += data
+            self.held += self.received(1 << 16)
         head, _, self.held = self.held.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -88,10 +88,7 @@ class Raw:
         """As take, without looking: Linux throws the bytes away."""
         n -= len(self.take(min(n, len(self.held))))
         while n > 0:
-            got = len(self.socket.recv(min(n, 1 << 20), socket.MSG_TRUNC))
-            if not got:
-                raise ConnectionResetError("the server closed")
-            n -= got
+            n -= len(self.received(min(n, 1 << 20), socket.MSG_TRUNC))
 
 
 def joined(port: int, token: str, planes=("core",), scene: str = "0") -> Raw:

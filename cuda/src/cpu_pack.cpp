@@ -104,10 +104,12 @@ bool ranges(const Fields& f, int64_t first, int64_t n, float* low, float* high) 
 }
 
 // The records of the rows one after the other, 17 bytes each.
-SK_FN void store_records(const PackedWords<float>& p, int, uint8_t* record) {
-  const uint32_t words[4] = {lane_bits(p.word[0], 0), lane_bits(p.word[1], 0), lane_bits(p.word[2], 0), lane_bits(p.word[3], 0)};
-  __builtin_memcpy(record, words, 16);
-  record[16] = (uint8_t)p.last;
+template <class T> SK_FN void store_records(const PackedWords<T>& p, int used, uint8_t* record) {
+  for (int r = 0; r < used; r++, record += PACKED_BYTES) {
+    const uint32_t words[4] = {lane_bits(p.word[0], r), lane_bits(p.word[1], r), lane_bits(p.word[2], r), lane_bits(p.word[3], r)};
+    __builtin_memcpy(record, words, 16);
+    record[16] = (uint8_t)lane_bits(p.last, r);
+  }
 }
 #if defined(SK_HAS_QUADS)
 template <int j> SK_FN void store_quarter(const Lanes* t, int used, uint8_t* record) {   // rows 4 j to 4 j + 3
@@ -123,14 +125,6 @@ SK_FN void store_records(const PackedWords<Lanes>& p, int used, uint8_t* record)
   if (QUADS > 2) store_quarter<2 % QUADS>(t, used, record);
   if (QUADS > 3) store_quarter<3 % QUADS>(t, used, record);
   for (int r = 0; r < used; r++) record[PACKED_BYTES * r + 16] = (uint8_t)lane_bits(p.last, r);
-}
-#else
-SK_FN void store_records(const PackedWords<Lanes>& p, int used, uint8_t* record) {
-  for (int r = 0; r < used; r++, record += PACKED_BYTES) {
-    const uint32_t words[4] = {lane_bits(p.word[0], r), lane_bits(p.word[1], r), lane_bits(p.word[2], r), lane_bits(p.word[3], r)};
-    __builtin_memcpy(record, words, 16);
-    record[16] = (uint8_t)lane_bits(p.last, r);
-  }
 }
 #endif
 

@@ -2,13 +2,13 @@
 import { fromBase64 } from "./base64";
 import type { Reading, Rgb } from "./mapping";
 import type { View } from "./pose";
-import { bandsOf, type SplatScene } from "./scene";
+import { widthsOf, type Part, type Rows, type SplatScene } from "./scene";
 import wasmUrl from "./splat.wasm?url&inline";
 import OrderWorker from "./workers/order.worker?worker&inline";
 import type { OrderReply, OrderRequest } from "./workers/order.worker";
 import RasterWorker from "./workers/raster.worker?worker&inline";
 import type { RasterReply, RasterRequest } from "./workers/raster.worker";
-import { buffersOf, type Part, type Rows } from "./wasm";
+import { buffersOf } from "./wasm";
 
 /** Depth orders of the rows that are shown. Its worker starts with the first order that is asked for. */
 export class OrderClient {
@@ -176,13 +176,13 @@ const ROWS_AT_ONCE = 65536; // as a server sends them
 
 /** Rows first <= row < last of what is drawn, to be given away; in `spare` where that has their size. */
 function rowsOf(s: SplatScene, first: number, last: number, spare?: Rows): Rows {
-  const cut = (name: Part, width: number) => {
-    const from = s[name].subarray(width * first, width * last), into = spare?.[name];
+  const widths = widthsOf(s.shDegree), cut = (name: Part) => {
+    const from = s[name].subarray(widths[name] * first, widths[name] * last), into = spare?.[name];
     if (into?.length !== from.length) return from.slice();
     into.set(from);
     return into;
   };
-  return { means: cut("means", 3), quats: cut("quats", 4), logScales: cut("logScales", 3), logitOpacities: cut("logitOpacities", 1), sh: cut("sh", 3 * bandsOf(s.shDegree)) };
+  return { means: cut("means"), quats: cut("quats"), logScales: cut("logScales"), logitOpacities: cut("logitOpacities"), sh: cut("sh") };
 }
 
 function wasmBytes(): ArrayBuffer {

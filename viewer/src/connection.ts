@@ -3,7 +3,7 @@ import { Emitter } from "./emitter";
 import { reasonOf } from "./errors";
 import type { Rgb } from "./mapping";
 import type { View } from "./pose";
-import { blankScene, type SplatScene } from "./scene";
+import { PARTS, blankScene, type SplatScene } from "./scene";
 import { readManifest, readMessage, writeChunk, readHeat, type Manifest, type Plane } from "./wire";
 
 export interface Metrics {
@@ -262,7 +262,7 @@ const has = (m: Manifest, plane: Plane): boolean => (plane === "sh" ? m.sh_degre
 function grown(before: SplatScene | null, manifest: Manifest): SplatScene {
   const scene = blankScene(manifest.count, manifest.sh_degree, manifest.header);
   if (!before || before.shDegree !== scene.shDegree) return scene;
-  for (const key of ["means", "quats", "logScales", "logitOpacities", "sh"] as const) scene[key].set(before[key].subarray(0, scene[key].length));
+  for (const key of PARTS) scene[key].set(before[key].subarray(0, scene[key].length));
   return scene;
 }
 

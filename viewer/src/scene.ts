@@ -52,6 +52,12 @@ export const LOGITS = Float64Array.from({ length: 256 }, (_, q) => {
 
 export const bandsOf = (shDegree: number): number => (shDegree + 1) ** 2;
 
+/** The arrays of a scene, and how many numbers a Gaussian has in each. */
+export const PARTS = ["means", "quats", "logScales", "logitOpacities", "sh"] as const;
+export type Part = (typeof PARTS)[number];
+export type Rows = Record<Part, Float32Array>;
+export const widthsOf = (shDegree: number): Record<Part, number> => ({ means: 3, quats: 4, logScales: 3, logitOpacities: 1, sh: 3 * bandsOf(shDegree) });
+
 /** A scene of `count` transparent Gaussians, to be filled by chunks. */
 export function blankScene(count: number, shDegree: 0 | 1 | 2 | 3, header: SceneHeader): SplatScene {
   return {

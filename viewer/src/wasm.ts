@@ -1,6 +1,6 @@
 /** The CPU rasterizer of splatkit in WebAssembly: the same C++ as the native library (cuda/src/wasm.cpp), one thread. */
 import { reasonOf } from "./errors";
-import { DEFAULT_HEADER, type SplatScene } from "./scene";
+import { DEFAULT_HEADER, PARTS, widthsOf, type Part, type Rows, type SplatScene } from "./scene";
 
 export interface Picture {
   color: Float32Array; // H x W x 3, premultiplied, background shining through the rest
@@ -28,18 +28,9 @@ interface Exports {
   weights_at(x: number, y: number, rows: number, weights: number): number;
 }
 
-const PARTS = ["means", "quats", "logScales", "logitOpacities", "sh"] as const;
-export type Part = (typeof PARTS)[number];
-export type Rows = Record<Part, Float32Array>;
 /** What hands rows over when it is transferred. */
 export const buffersOf = (rows: Rows): ArrayBuffer[] => PARTS.map((name) => rows[name].buffer as ArrayBuffer);
 export type Outline = Pick<SplatScene, "count" | "shDegree" | "header">; // a scene without its rows
-
-/** Numbers a Gaussian of each part. */
-function widthsOf({ count, shDegree }: Outline): number[] {
-  if (!Number.isInteger(count) || count < 0 || ![0, 1, 2, 3].includes(shDegree)) throw new Error(`a scene of ${count} Gaussians and SH degree ${shDegree}; expected a count and a degree of 0 to 3`);
-  return [3, 4, 3, 1, 3 * (shDegree + 1) ** 2];
-}
 const MEMORY_KEPT = 64 * 2 ** 20; // bytes that an instance may hold beyond four times its scene
 const SIDE_MAX = 32768; // pixels; tiles are packed in 12 bits
 const SETTINGS = 8; // doubles before the camera in `parameters`
@@ -47,8 +38,8 @@ const SETTINGS = 8; // doubles before the camera in `parameters`
 export class WasmRaster {
   private exports: Exports | null = null;
   private count = 0;
-  private widths: number[] = []; // numbers a Gaussian of each part
-  private parts: number[] = []; // where they stand
+  private widths = widthsOf(0);
+  private places: Record<Part, number> = { ...this.widths }; // where each part stands
   private base = 0; // mark() before the scene
   private attributeAt = 0; // room for 3 numbers a Gaussian, 0 until one is set
   private sceneEnd = 0; // mark() behind the scene
@@ -76,10 +67,9 @@ export class WasmRaster {
 
   /** Copies the scene in; what was drawn before is forgotten, and a raster that had stopped works again. */
   setScene(scene: SplatScene): void {
-    const widths = widthsOf(scene);
-    PARTS.forEach((name, k) => {
-      if (scene[name].length !== scene.count * widths[k]!) throw new Error(`scene.${name} holds ${scene[name].length} numbers; expected ${widths[k]} for each of ${scene.count} Gaussians`);
-    });
+    const widths = checked(scene);
+    for (const name of PARTS)
+      if (scene[name].length !== scene.count * widths[name]) throw new Error(`scene.${name} holds ${scene[name].length} numbers; expected ${widths[name]} for each of ${scene.count} Gaussians`);
     this.makeRoom(scene);
     this.setRows(0, scene);
   }
@@ -87,9 +77,9 @@ export class WasmRaster {
   /** As setScene, for a scene whose rows come by setRows; until then they are whatever lay there. */
   makeRoom(scene: Outline): void {
     const { count: n, shDegree, header: h } = scene;
-    this.widths = widthsOf(scene);
+    this.widths = checked(scene);
     // Memory never shrinks: a scene much smaller than the one before gets an instance of its own, and the pages of the other go.
-    const bytes = 4 * n * this.widths.reduce((sum, width) => sum + width, 0);
+    const bytes = 4 * n * PARTS.reduce((sum, name) => sum + this.widths[name], 0);
     if (!this.exports || this.exports.memory.buffer.byteLength > 4 * bytes + MEMORY_KEPT) this.exports = new WebAssembly.Instance(this.module).exports as unknown as Exports;
     this.prepared = null;
     this.attributeAt = this.sceneEnd = 0;
@@ -97,8 +87,9 @@ export class WasmRaster {
     this.guarded((e) => {
       this.base ||= e.mark();
       e.release(this.base);
-      const at = (this.parts = this.widths.map((width) => this.room(4 * width * n)));
-      e.set_scene(n, shDegree, at[0]!, at[1]!, at[2]!, at[3]!, at[4]!);
+      for (const name of PARTS) this.places[name] = this.room(4 * this.widths[name] * n);
+      const at = this.places;
+      e.set_scene(n, shDegree, at.means, at.quats, at.logScales, at.logitOpacities, at.sh);
       this.sceneEnd = e.mark();
       new Float64Array(e.memory.buffer, e.parameters_at(), SETTINGS).set([h.near, h.blur_px2, h.antialias ? 1 : 0, h.alpha_min, h.alpha_max, h.transmittance_min, h.fov_margin, 0]);
     });
@@ -106,20 +97,20 @@ export class WasmRaster {
 
   /** The scene's numbers of one part, as they lie in the module: to be read before the next call. */
   part(name: Part): Float32Array {
-    return this.guarded((e) => new Float32Array(e.memory.buffer, this.parts[PARTS.indexOf(name)], this.widths[PARTS.indexOf(name)]! * this.count));
+    return this.guarded((e) => new Float32Array(e.memory.buffer, this.places[name], this.widths[name] * this.count));
   }
 
   /** Other values for the rows from `first` on; arrays as in a scene, and those that are left out stay. */
-  setRows(first: number, rows: Partial<Pick<SplatScene, Part>>): void {
+  setRows(first: number, rows: Partial<Rows>): void {
     this.guarded((e) => {
       this.prepared = null;
-      PARTS.forEach((name, k) => {
-        const array = rows[name], width = this.widths[k]!;
-        if (!array) return;
+      for (const name of PARTS) {
+        const array = rows[name], width = this.widths[name];
+        if (!array) continue;
         if (!(Number.isInteger(first) && first >= 0) || array.length % width || first + array.length / width > this.count)
           throw new Error(`${array.length} numbers of ${name} from row ${first} on; expected ${width} a row, within ${this.count} rows`);
-        new Float32Array(e.memory.buffer, this.parts[k]! + 4 * width * first, array.length).set(array);
-      });
+        new Float32Array(e.memory.buffer, this.places[name] + 4 * width * first, array.length).set(array);
+      }
     });
   }
 
@@ -223,6 +214,12 @@ export class WasmRaster {
   private check(status: number): void {
     if (status < 0) throw new OutOfMemory(`no room for this view of ${this.count} Gaussians`);
   }
+}
+
+/** The widths of a scene that can be drawn. */
+function checked({ count, shDegree }: Outline): Record<Part, number> {
+  if (!Number.isInteger(count) || count < 0 || ![0, 1, 2, 3].includes(shDegree)) throw new Error(`a scene of ${count} Gaussians and SH degree ${shDegree}; expected a count and a degree of 0 to 3`);
+  return widthsOf(shDegree);
 }
 
 class OutOfMemory extends Error {

@@ -1,5 +1,5 @@
 /** What the server sends (splatkit/wire.py): manifests, chunks of Gaussians in planes, messages of the socket. Anything that does not fit is refused in one line. */
-import { COUNT_MAX, DEFAULT_HEADER, LOGITS, bandsOf, blankScene, type SceneHeader, type SplatScene } from "./scene";
+import { COUNT_MAX, DEFAULT_HEADER, LOGITS, PARTS, bandsOf, blankScene, widthsOf, type SceneHeader, type SplatScene } from "./scene";
 
 export const PLANES = ["core", "sh", "features", "float32", "heat"] as const;
 export type Plane = (typeof PLANES)[number];
@@ -199,9 +199,9 @@ function writeSh(scene: SplatScene, first: number, rows: number, bytes: Uint8Arr
 function writeFloat32(scene: SplatScene, first: number, rows: number, bytes: Uint8Array): void {
   const r = new Reader(bytes, "SKX1", rows), bands = bandsOf(scene.shDegree), found = r.u32();
   if (found !== bands) refuse("a chunk's SH coefficients", found, `${bands} as in the manifest`);
-  const parts = [3, 4, 3, 1, 3 * bands].map((width) => r.floats(width * rows));
+  const widths = widthsOf(scene.shDegree), parts = PARTS.map((name) => r.floats(widths[name] * rows));
   r.end();
-  [scene.means, scene.quats, scene.logScales, scene.logitOpacities, scene.sh].forEach((field, k) => field.set(parts[k]!, first * [3, 4, 3, 1, 3 * bands][k]!));
+  PARTS.forEach((name, k) => scene[name].set(parts[k]!, first * widths[name]));
 }
 
 /** Every chunk has a scale of its own: values are brought to the scale of the first chunk that came, which then widens where it must. */

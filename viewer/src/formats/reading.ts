@@ -1,5 +1,5 @@
 /** What the decoders of splat files share: their error, the arrays that they fill, and the check at the end. */
-import { DEFAULT_HEADER, type SceneHeader, type SplatScene } from "../scene";
+import { DEFAULT_HEADER, PARTS, widthsOf, type Rows, type SceneHeader, type SplatScene } from "../scene";
 
 /** Anything that is wrong with a file, in one line: file, place, reason and where possible the cure. */
 export class BadFile extends Error {
@@ -33,16 +33,17 @@ export function emptyScene(file: string, n: number, degree: Degree, header: Scen
 
 /** The rows without those that hold a NaN or an infinity; more than a tenth of them refuses the file. */
 export function finished(file: string, scene: SplatScene): Loaded {
-  const n = scene.count, bands = (scene.shDegree + 1) ** 2;
-  const columns: [Float32Array, number][] = [[scene.means, 3], [scene.quats, 4], [scene.logScales, 3], [scene.logitOpacities, 1], [scene.sh, 3 * bands]];
-  if (columns.every(([array]) => allFinite(array))) return { scene, note: null };
+  const n = scene.count, widths = widthsOf(scene.shDegree);
+  if (PARTS.every((name) => allFinite(scene[name]))) return { scene, note: null };
   const bad = new Uint8Array(n);
-  for (const [array, width] of columns)
+  for (const name of PARTS) {
+    const array = scene[name], width = widths[name];
     for (let row = 0, at = 0; row < n; row++) {
       let sum = 0;
       for (let c = 0; c < width; c++) sum += 0 * array[at++]!;
       if (sum !== 0) bad[row] = 1;
     }
+  }
   const dropped = bad.reduce((sum, b) => sum + b, 0);
   if (dropped > NON_FINITE_MAX * n) throw new BadFile(file, `Gaussian ${bad.indexOf(1)}`, `${dropped} of ${n} Gaussians hold a NaN or an infinity`);
   const kept = <A extends Float32Array | Int8Array>(array: A, width: number): A => {
@@ -50,11 +51,10 @@ export function finished(file: string, scene: SplatScene): Loaded {
     for (let row = 0, to = 0; row < n; row++) if (!bad[row]) out.set(array.subarray(row * width, (row + 1) * width) as never, width * to++);
     return out;
   };
-  const f = scene.features;
+  const f = scene.features, rows = Object.fromEntries(PARTS.map((name) => [name, kept(scene[name], widths[name])])) as Rows;
   return {
     scene: {
-      ...scene, count: n - dropped, means: kept(scene.means, 3), quats: kept(scene.quats, 4), logScales: kept(scene.logScales, 3),
-      logitOpacities: kept(scene.logitOpacities, 1), sh: kept(scene.sh, 3 * bands), ...(f ? { features: { ...f, int8: kept(f.int8, f.channels) } } : {}),
+      ...scene, count: n - dropped, ...rows, ...(f ? { features: { ...f, int8: kept(f.int8, f.channels) } } : {}),
     },
     note: `${dropped} of ${n} Gaussians held a NaN or an infinity and were left out`,
   };

@@ -67,12 +67,13 @@ export class Source {
   }
 }
 
-function joined(pieces: Uint8Array[], length: number): Uint8Array {
-  const out = new Uint8Array(length);
+/** The first `size` bytes of all pieces together. */
+export function joined(pieces: Uint8Array[], size: number): Uint8Array {
+  const out = new Uint8Array(size);
   let at = 0;
   for (const piece of pieces) {
-    out.set(piece, at);
-    at += piece.length;
+    out.set(piece.subarray(0, size - at), at);
+    at = Math.min(size, at + piece.length);
   }
   return out;
 }

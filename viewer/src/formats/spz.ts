@@ -1,6 +1,7 @@
 /** SPZ of Niantic, versions 2 and 3 (gzip). Axes are turned from right-up-back to the right-down-front of the PLY form. */
 import { DEFAULT_HEADER, LOGITS } from "../scene";
 import { BadFile, type Degree, emptyScene, finished, type Loaded } from "./reading";
+import { joined } from "./source";
 
 const HEADER = 16;
 const DEFLATE_MAX = 1032; // bytes out of one byte in, at the very most
@@ -70,15 +71,6 @@ function smallestThree(packed: number, q: Float64Array): void {
 async function gunzip(file: string, bytes: Uint8Array, sizeOf: (head: Uint8Array) => { size: number; more: boolean }): Promise<Uint8Array> {
   const reader = new Blob([bytes as Uint8Array<ArrayBuffer>]).stream().pipeThrough(new DecompressionStream("gzip")).getReader(), pieces: Uint8Array[] = [];
   let held = 0, wanted: { size: number; more: boolean } | null = null;
-  const joined = (size: number): Uint8Array => {
-    const out = new Uint8Array(size);
-    let at = 0;
-    for (const piece of pieces) {
-      out.set(piece.subarray(0, size - at), at);
-      at = Math.min(size, at + piece.length);
-    }
-    return out;
-  };
   for (;;) {
     let next;
     try {
@@ -90,7 +82,7 @@ async function gunzip(file: string, bytes: Uint8Array, sizeOf: (head: Uint8Array
     pieces.push(next.value);
     held += next.value.length;
     try {
-      if (!wanted && held >= HEADER) wanted = sizeOf(joined(HEADER));
+      if (!wanted && held >= HEADER) wanted = sizeOf(joined(pieces, HEADER));
       if (wanted && held > wanted.size && !wanted.more) throw new BadFile(file, "header", `asks for ${wanted.size} bytes of data, but more follow`);
     } catch (why) {
       reader.cancel().catch(() => undefined);
@@ -102,5 +94,5 @@ async function gunzip(file: string, bytes: Uint8Array, sizeOf: (head: Uint8Array
     }
   }
   if (!wanted || held < wanted.size) throw new BadFile(file, `byte ${held} of the unpacked data`, `the file ends early: ${wanted ? wanted.size : HEADER} bytes expected`);
-  return joined(wanted.size);
+  return joined(pieces, wanted.size);
 }

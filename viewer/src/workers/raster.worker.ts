@@ -2,8 +2,8 @@
 import { reasonOf } from "../errors";
 import { normalsTowards, toPixels, type Reading, type Rgb } from "../mapping";
 import { centreOf, type View } from "../pose";
-import { ABSENT } from "../scene";
-import { buffersOf, WasmRaster, type Outline, type Rows } from "../wasm";
+import { ABSENT, type Rows } from "../scene";
+import { buffersOf, WasmRaster, type Outline } from "../wasm";
 
 export type RasterRequest =
   | { type: "module"; wasm: ArrayBuffer }
